@@ -64,8 +64,14 @@ def isa() -> str:
 
 def compiler() -> str:
     """The C++ compiler: ``$CXX``, else g++, else clang++."""
-    for name in (os.environ.get("CXX"), "g++", "clang++"):
-        if name and (found := shutil.which(name)):
+    if asked := os.environ.get("CXX"):
+        if found := shutil.which(asked):
+            return found
+        raise NativeBuildError(
+            f"CXX={asked!r} is not a program that can be run. Set CXX to a C++ compiler or unset it."
+        )
+    for name in ("g++", "clang++"):
+        if found := shutil.which(name):
             return found
     raise NativeBuildError(
         "bicompile compiles its CPU kernels on first use and found no C++ compiler. Install g++ 11 or newer "
@@ -84,8 +90,7 @@ def _processor() -> str:
 
 def library_path() -> Path:
     """The file that this machine, this torch and these sources call for."""
-    cxx = compiler()
-    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
+    version = _run([compiler(), "--version"])
     key = hashlib.sha256()
     for path in sorted([*sources(), *_LOWERING.glob("*/*.h")]):
         key.update(path.relative_to(_LOWERING).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -102,7 +107,8 @@ def load() -> Path:
         The path of the loaded library.
 
     Raises:
-        NativeBuildError: no compiler, a failed compilation, or a library that does not load.
+        NativeBuildError: no compiler, a failed compilation, a cache directory that cannot be written, or a library
+            that does not load.
     """
     path = library_path()
     if not path.exists():
@@ -119,8 +125,14 @@ def load() -> Path:
 @contextlib.contextmanager
 def _only_one_builder(path: Path) -> Iterator[None]:
     """Let one process build; the others wait.  The lock goes when its holder does, crashed or not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".lock"), "w") as lock:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(path.with_suffix(".lock"), "w")
+    except OSError as error:
+        raise NativeBuildError(
+            f"bicompile cannot write its cache directory: {error}. Set BICOMPILE_CACHE_DIR to one that it can write."
+        ) from error
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -147,10 +159,11 @@ def _compile(source: Path, *, package: Path, directory: Path) -> Path:
     return target
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise NativeBuildError(
             f"bicompile could not compile its CPU kernels (g++ 11 or newer is needed):\n"
             f"{' '.join(command)}\n{done.stderr.strip()}"
         )
+    return done.stdout

@@ -1,0 +1,172 @@
+"""Compile a Llama's decoder layer once and run all its layers through that one graph.
+
+Compiled whole, a model of thirty layers is thirty copies of the same code, and every one costs compile time.  Here
+the layer is the unit: ``torch.compile`` sees one function of one layer, whose weights are graph inputs, so a single
+graph serves every layer, batch size, prompt length and cache length.  What surrounds the layers (rotary table, final
+norm and output projection) is compiled too; embedding lookup and mask building are exact in eager mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MAX_POSITIONS = 512
+
+Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def one_graph_for_every_size() -> contextlib.AbstractContextManager[None]:
+    """While this is entered, sizes 0 and 1 compile to the graph of all others, and equal sizes stay independent."""
+    return torch.fx.experimental._config.patch(backed_size_oblivious=True, use_duck_shape=False)
+
+
+def share_layers(model: nn.Module, compile: Compiler) -> None:
+    """Rewire ``model`` (a ``LlamaForCausalLM``), in place, to run on three compiled functions.
+
+    Run the model inside :func:`one_graph_for_every_size`, and with a cache.
+    """
+    model.config._attn_implementation = _attention_name()
+    run_layer = compile(_layer)
+    model.model.layers = nn.ModuleList(
+        _SharedLayer(layer, index, run_layer) for index, layer in enumerate(model.model.layers)
+    )
+    model.lm_head = _Head(model.model.norm, model.lm_head, compile(_head))
+    model.model.norm = nn.Identity()  # _Head applies it, after generate() has dropped the rows it does not need
+    model.model.rotary_emb = _RotaryTable(model.model.rotary_emb, compile(_rotary))
+
+
+class _Cache:
+    """One layer's keys and values, time first: the strides of ``[T, B, H, D]`` do not depend on ``T``."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        """Append ``[B, H, T, D]`` keys and values; all of them, in the same form."""
+        self.keys = torch.cat([self.keys, keys.permute(2, 0, 1, 3)])
+        self.values = torch.cat([self.values, values.permute(2, 0, 1, 3)])
+        return self.keys.permute(1, 2, 0, 3), self.values.permute(1, 2, 0, 3)
+
+
+def _layer(
+    layer: nn.Module, hidden: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
+) -> Any:
+    """One decoder layer; the compiler learns which sizes belong together, so that none is tied to a number."""
+    batch, length = hidden.shape[0], hidden.shape[1]
+    for other in (cos, sin):
+        torch._check(other.shape[0] == batch)
+        torch._check(other.shape[1] == length)
+    for past in (keys, values):
+        torch._check(past.shape[1] == batch)
+    torch._check(keys.shape[0] == values.shape[0])
+    torch._check(mask.shape[0] == batch)
+    torch._check(mask.shape[1] == 1)
+    torch._check(mask.shape[2] == length)
+    torch._check(mask.shape[3] == length + keys.shape[0])
+    cache = _Cache(keys, values)
+    hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin), past_key_values=cache)
+    return hidden, cache.keys, cache.values
+
+
+def _head(norm: nn.Module, linear: nn.Module, hidden: Tensor) -> Tensor:
+    return linear(norm(hidden))
+
+
+def _rotary(rotary: nn.Module, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    return rotary(like, positions)
+
+
+class _SharedLayer(nn.Module):
+    """Layer ``index`` of the model: unpacks the cache that transformers hands it and calls the shared graph."""
+
+    def __init__(self, layer: nn.Module, index: int, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.layer, self.index, self.run = layer, index, run
+        layer.self_attn.layer_idx = 0  # else the number would be a constant of the graph
+
+    def forward(
+        self,
+        hidden: Tensor,
+        attention_mask: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Any,
+        **_: Any,
+    ) -> Tensor:
+        slot = past_key_values.layers[self.index]
+        if slot.is_initialized:
+            past = [slot.keys.permute(2, 0, 1, 3), slot.values.permute(2, 0, 1, 3)]
+        else:
+            attention = self.layer.self_attn
+            heads = attention.config.num_key_value_heads
+            past = [hidden.new_empty(0, len(hidden), heads, attention.head_dim) for _ in range(2)]
+            slot.lazy_initialization(*past)
+        batch, length = hidden.shape[:2]
+        if attention_mask is None:
+            attention_mask = _causal(batch, length, past[0].shape[0])
+        cos, sin = (table.expand(batch, -1, -1) for table in position_embeddings)
+        hidden, keys, values = self.run(self.layer, hidden, attention_mask, cos, sin, *past)
+        slot.keys, slot.values = keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
+        return hidden
+
+
+def _causal(batch: int, length: int, past: int) -> Tensor:
+    """The mask transformers leaves out where nothing is padded: a query sees the past and itself."""
+    visible = torch.ones(length, past + length, dtype=torch.bool).tril(past)
+    return visible.repeat(batch, 1, 1, 1)
+
+
+class _Head(nn.Module):
+    """Final norm and output projection."""
+
+    def __init__(self, norm: nn.Module, linear: nn.Module, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.norm, self.linear, self.run = norm, linear, run
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.run(self.norm, self.linear, hidden.clone(memory_format=torch.contiguous_format))
+
+
+class _RotaryTable(nn.Module):
+    """Rotary embeddings, computed once for every position; a step then only looks its positions up."""
+
+    def __init__(self, rotary: nn.Module, run: Callable[..., Any]) -> None:
+        super().__init__()
+        self.rotary, self.run = rotary, run
+        self.tables: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        if self.tables is None:
+            cos, sin = self.run(self.rotary, hidden[:1, :1], torch.arange(MAX_POSITIONS)[None])
+            self.tables = cos[0], sin[0]
+        return self.tables[0][position_ids], self.tables[1][position_ids]
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' own ``sdpa`` less its branch on the query length, which would split the graph in two."""
+    out = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _attention_name() -> str:
+    """Make ``_attend`` known to transformers, with the masks that it makes for ``sdpa``."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    name = "bicompile_demo"
+    AttentionInterface.register(name, _attend)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name

@@ -1,0 +1,192 @@
+"""``eager()``: the lowerings for code that is not compiled.
+
+Every ATen op that runs inside the context is sorted as ``certify`` sorts the nodes of a graph: exact and
+correctly rounded ops run as they are, reductions and contractions go to our ops, elementwise functions to our
+definitions of them, compositions are taken apart first, and what is left is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch._decomp import decomposition_table as core_decompositions
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .decompositions import decomposition_table
+from .errors import UnsupportedOpError
+from .interception import intercept_attention
+from .lowering import native
+from .lowering.elementwise.op import PINNED_BINARY, PINNED_UNARY
+from .passes.lower_norms import BACKWARD_RULES
+from .passes.op_classes import exact_by_name, is_view, op_name
+from .passes.pipeline import RULES
+from .passes.rewriting import Replacement, bind
+
+aten = torch.ops.aten
+bicompile = torch.ops.bicompile
+
+# One correctly rounded IEEE operation for each element, in PyTorch's vector code and scalar code alike.
+_CORRECTLY_ROUNDED = frozenset(
+    """
+    aten.abs aten.bitwise_and aten.bitwise_left_shift aten.bitwise_not aten.bitwise_or aten.bitwise_right_shift
+    aten.bitwise_xor aten.ceil aten.clamp aten.clamp_max aten.clamp_min aten.copysign aten.div aten.eq aten.floor
+    aten.fmax aten.fmin aten.frac aten.ge aten.gt aten.isfinite aten.isinf aten.isnan aten.le aten.logical_and
+    aten.logical_not aten.logical_or aten.logical_xor aten.lt aten.maximum aten.minimum aten.mul aten.ne aten.neg
+    aten.reciprocal aten.relu aten.round aten.sgn aten.sign aten.signbit aten.sqrt aten.threshold_backward aten.trunc
+    """.split()
+)
+
+
+@contextlib.contextmanager
+def eager(
+    *, allow: Iterable[str] = (), on_refused: Literal["error", "warn"] = "error"
+) -> Iterator[None]:
+    """Run uncompiled code with batch-invariant lowerings, in this thread, until the context is left.
+
+    Covers what surrounds a compiled model: a sampling loop, a metric, the code between two graphs.  May be nested and
+    is undone by exceptions.  Backward passes that run inside the context are covered too.
+
+    Args:
+        allow: op names, such as ``"aten.multinomial"``, that the caller takes responsibility for.
+        on_refused: ``error`` raises on an unproven op, ``warn`` warns and runs it as it is.
+
+    Raises:
+        UnsupportedOpError: an op inside is not proven, and not allowed.
+        NativeBuildError: the CPU kernels cannot be built.
+    """
+    native.load()
+    mode = _LoweringMode(frozenset(allow), on_refused)
+    with intercept_attention(), enable_python_dispatcher(), mode:
+        yield
+
+
+class _LoweringMode(TorchDispatchMode):
+    """Sends each op where it belongs; what an op is taken apart into passes through here again."""
+
+    def __init__(self, allow: frozenset[str], on_refused: str) -> None:
+        super().__init__()
+        self._allow = allow
+        self._on_refused = on_refused
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "bicompile" or _runs_as_it_is(func, args, kwargs):
+            return func(*args, **kwargs)
+        if (target := _functional(func)) is not None:
+            return self._mutate(func, target, args, kwargs)
+        if (result := _lowered(func, args, kwargs)) is not None:
+            return result
+        for table in (decomposition_table(), core_decompositions):
+            if (decomposition := table.get(func)) is not None:
+                with self:
+                    result = decomposition(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+        return self._refuse(func, args, kwargs)
+
+    def _mutate(self, func: OpOverload, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Compute in-place and out= ops by their functional form, then copy."""
+        outputs = [name for name in kwargs if name == "out"]
+        destination = kwargs[outputs[0]] if outputs else args[0]
+        with self:
+            result = target(*args, **{name: value for name, value in kwargs.items() if name != "out"})
+        if outputs and destination.shape != result.shape:
+            destination.resize_(result.shape)
+        return destination.copy_(result)
+
+    def _refuse(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._allow & {op_name(func), str(func)}:
+            shapes = [tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            message = (
+                f"{func}: no batch-invariant form of this op is known; it got tensors of shapes {shapes}. Rewrite it with "
+                f"supported ops, or take responsibility for it with bicompile.eager(allow=[{op_name(func)!r}])."
+            )
+            if self._on_refused == "error":
+                raise UnsupportedOpError(message)
+            warnings.warn(message, stacklevel=3)
+        return func(*args, **kwargs)
+
+
+def _runs_as_it_is(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if any(t.device.type not in ("cpu", "meta") for t in tensors):
+        return False
+    if exact_by_name(func) or is_view(func):
+        return func not in (aten.index_put.default, aten.index_put_.default) or not bind(func, args, kwargs)["accumulate"]
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        return False
+    name = op_name(func).rstrip("_")
+    real = any(t.is_floating_point() or t.is_complex() for t in tensors)
+    if any(t.is_complex() for t in tensors):
+        return False
+    if name in _CORRECTLY_ROUNDED:
+        return True
+    if name in ("aten.add", "aten.sub", "aten.rsub"):  # with alpha PyTorch's scalar code may contract, its vector code not
+        return bind(func, args, kwargs).get("alpha", 1) == 1
+    if name == "aten.pow" and real:  # squares and square roots are one operation
+        exponent = bind(func, args, kwargs).get("exponent")
+        return not isinstance(exponent, Tensor) and exponent in (0, 1, 2, 0.5)
+    integers = bool(tensors) and not real
+    return integers and not _makes_real(func, kwargs)
+
+
+def _makes_real(func: OpOverload, kwargs: dict[str, Any]) -> bool:
+    """Whether an op on integers computes in floating point: by dtype, or because it is a function like exp."""
+    dtype = kwargs.get("dtype")
+    promotes = func in PINNED_UNARY or func in PINNED_BINARY
+    return promotes or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+
+
+@functools.cache
+def _functional(func: OpOverload) -> OpOverload | None:
+    """The functional form of an in-place or out= op; None for an op that mutates nothing."""
+    if not func._schema.is_mutable:
+        return None
+    namespace = getattr(torch.ops, func.namespace)
+    packet = getattr(namespace, func._opname.rstrip("_"), None)
+    wanted = [(a.name, str(a.type)) for a in func._schema.arguments if not a.is_out]
+    for overload in packet.overloads() if packet is not None else ():
+        candidate = getattr(packet, overload)
+        have = [(a.name, str(a.type)) for a in candidate._schema.arguments]
+        if have == wanted and not candidate._schema.is_mutable:
+            return candidate
+    return None
+
+
+def _lowered(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The op by one of our own, or None."""
+    if (rule := RULES.get(func)) is not None:
+        replacement = rule(func, bind(func, args, kwargs))
+        return None if replacement is None else _run(replacement)
+    if (backward := BACKWARD_RULES.get(func)) is not None:
+        return tuple(None if r is None else _run(r) for r in backward(func, bind(func, args, kwargs)))
+    if func in PINNED_UNARY:
+        return _pinned(bicompile.unary.default, args[:1], PINNED_UNARY[func])
+    if func in PINNED_BINARY:
+        return _pinned(bicompile.binary.default, args[:2], PINNED_BINARY[func])
+    return None
+
+
+def _pinned(target: Callable[..., Tensor], operands: tuple[Any, ...], name: str) -> Tensor:
+    """An elementwise function of ours, with PyTorch's type promotion and broadcasting."""
+    dtype = functools.reduce(torch.promote_types, (torch.result_type(x, operands[-1]) for x in operands))
+    dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
+    device = next(x.device for x in operands if isinstance(x, Tensor))
+    tensors = [torch.as_tensor(x, dtype=dtype, device=device) for x in operands]
+    return target(*torch.broadcast_tensors(*tensors), name)
+
+
+def _run(replacement: Replacement) -> Any:
+    result = replacement.target(*replacement.args)
+    return result if replacement.output is None else result[replacement.output]

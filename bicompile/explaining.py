@@ -1,0 +1,122 @@
+"""``explain``: run the pipeline over a function and report, without generating code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor import compile_fx as inductor
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .backend import compile_graph
+from .certificate import Certificate
+from .config import parse_options
+from .passes.batch_symbols import symbols_of
+from .passes.certify import Certification
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Certificate:
+    """Trace ``fn(*args, **kwargs)``, forward and, where its result requires a gradient, backward, and certify it.
+
+    The batch is dim 0 of the first tensor argument; every tensor argument of that size is taken to be batched, and its
+    batch size becomes a symbol, so that sums over the batch are told from sums inside a row.  ``fn`` runs, on a
+    batch of at least two rows; no gradient is stored.
+
+    Args:
+        fn: a function or ``nn.Module``, compiled or not.
+        args, kwargs: what it is called with.
+
+    Returns:
+        The certificate; refusals are listed in it, not raised.
+
+    Raises:
+        Whatever ``fn`` itself raises.
+    """
+    fn = getattr(fn, "_orig_mod", None) or getattr(fn, "_torchdynamo_orig_callable", fn)
+    args, kwargs = _with_symbolic_batch((args, kwargs))
+    certification = Certification(on_refused="collect")
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        certification.batch |= _symbols(example_inputs)
+        return compile_graph(gm, example_inputs, parse_options(None, None), certification, _run_graph(certification))
+
+    breaks = dict(counters["graph_break"])
+    with (
+        torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+        torch._inductor.config.patch(fx_graph_cache=False),
+    ):
+        result = torch.compile(fn, backend=backend, dynamic=False)(*args, **kwargs)
+        _run_backward(fn, result, (args, kwargs))
+    new_breaks = [reason for reason, count in counters["graph_break"].items() if count > breaks.get(reason, 0)]
+    return Certificate(tuple(certification.nodes), tuple(new_breaks), bool(certification.batch))
+
+
+def _with_symbolic_batch(arguments: Any) -> Any:
+    """Copies of the arguments whose batch has at least two rows and is marked dynamic."""
+    first = next((leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim()), None)
+    if first is None:
+        return arguments
+    rows = first.shape[0]
+
+    def mark(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != rows or rows == 0:
+            return leaf
+        copy = leaf.detach()
+        if rows == 1:
+            copy = copy.expand(2, *leaf.shape[1:]).clone()
+        elif copy.is_contiguous():
+            copy = copy.view_as(copy)
+        copy.requires_grad_(leaf.requires_grad)
+        torch._dynamo.maybe_mark_dynamic(copy, 0)
+        return copy
+
+    return tree_map(mark, arguments)
+
+
+def _symbols(example_inputs: Sequence[Any]) -> frozenset[sympy.Symbol]:
+    """Every symbol in the inputs' shapes: only batch sizes were marked."""
+    found: frozenset[sympy.Symbol] = frozenset()
+    for leaf in example_inputs:
+        sizes = leaf.shape if isinstance(leaf, Tensor) else [leaf]
+        found |= frozenset().union(*(symbols_of(size) for size in sizes)) if len(sizes) else frozenset()
+    return found
+
+
+def _run_graph(certification: Certification) -> Callable[..., Any]:
+    """An ``inner_compile`` that lowers and certifies a graph and then interprets it."""
+
+    def inner_compile(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        certification.batch |= frozenset(
+            symbol
+            for node in gm.graph.find_nodes(op="placeholder")
+            if isinstance(val := node.meta.get("val"), (Tensor, torch.SymInt))
+            for size in (val.shape if isinstance(val, Tensor) else [val])
+            for symbol in symbols_of(size)
+        )
+        inductor._recursive_post_grad_passes(gm, is_inference=kwargs.get("is_inference", False))
+
+        def run(inputs: list[Any]) -> Any:
+            values = list(inputs)
+            inputs.clear()
+            return torch.fx.Interpreter(gm).run(*values)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    return inner_compile
+
+
+def _run_backward(fn: Any, result: Any, arguments: Any) -> None:
+    """Let the backward graphs be traced too, without touching anybody's ``.grad``."""
+    outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    leaves = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if isinstance(fn, torch.nn.Module):
+        leaves += [parameter for parameter in fn.parameters() if parameter.requires_grad]
+    if outputs and leaves:
+        torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs], allow_unused=True)

@@ -1,0 +1,1 @@
+"""Scaled dot product attention: keys in blocks that start at a row's first visible key."""

@@ -1,0 +1,1 @@
+"""Elementwise functions: one definition for vector and scalar code, in Inductor's kernels and in eager code."""

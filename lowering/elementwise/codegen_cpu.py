@@ -1,0 +1,315 @@
+"""Make Inductor's C++ kernels compute elementwise functions by our definitions.
+
+Inductor writes each kernel twice, as vector code on ``at::vec`` (Sleef and polynomials) and as scalar code (libm), and
+size, size hints and fusion decide which of the two an element meets.  Inside ``pinned_cpu_codegen()`` both call
+``inductor_cpu.h``, whose functions have the same bits in either::
+
+    tmp1 = tmp0.exp()         # vector code before        std::exp(tmp0)            # scalar code before
+    tmp1 = bicompile::inductor::exp(tmp0)                 # after, in both
+
+* Functions of ``math.h`` are written from IEEE operations and run at vector speed.
+* Other functions run Inductor's own scalar code on each lane.
+* Operations that IEEE 754 defines to the bit stay as they are; which ones those are was tested with special values
+  (tests/test_elementwise.py).
+* Anything else is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._inductor import config
+from torch._inductor.codegen import cpp
+from torch._inductor.codegen.common import pointwise_overrides_data
+
+from bicompile.lowering.native import cache_dir
+
+_HERE = Path(__file__).resolve().parent
+_HEADERS = ("elementwise/inductor_cpu.h", "elementwise/math.h", "native/simd.h")
+_PREFIX = "#include <torch/csrc/inductor/cpp_prefix.h>"
+
+# Ours, of IEEE operations (see math.h).
+_OURS = frozenset(
+    "exp exp2 expm1 log log2 log10 log1p sigmoid tanh erf sin cos rsqrt pow".split()
+)
+# Ours for floating point, Inductor's for integers: NaN, signed zero or rounding differ between vector and scalar code.
+_OURS_IF_REAL = {
+    "maximum": "maximum",
+    "minimum": "minimum",
+    "relu": "relu",
+    "fmod": "fmod",
+    "mod": "fmod",
+    "remainder": "remainder",
+}
+# Inductor's scalar code on every lane.
+_EACH = frozenset(
+    """
+    acos acosh asin asinh atan atan2 atanh cosh digamma erfc erfinv hypot lgamma nextafter sinh tan
+    """.split()
+) | (frozenset(pointwise_overrides_data) - {"fma", "mul_rn"})
+# Defined to the bit by IEEE 754 or on integers, and found to agree.
+_EXACT = frozenset(
+    """
+    abs add and_ bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil ceil_to_int
+    constant copysign div_rn eq floor floor_to_int floordiv fma frexp ge gt identity index_expr int_truediv isinf isnan
+    ldexp le logical_and logical_not logical_or logical_xor lshift lt masked mul mul_rn ne neg or_ reciprocal round
+    round_to_int rshift sign signbit sqrt square sub to_dtype to_dtype_bitcast truediv trunc trunc_to_int truncdiv
+    value_expr where xor
+    """.split()
+)
+# Answered by the kernel before the overrides are asked, or no operation at all.
+_STRUCTURE = frozenset(
+    """
+    bucketize check_bounds device_assert_async dot halide_clamp indirect_indexing inline_asm_elementwise load output
+    paren partial_accumulate placeholder reduction scan sort store store_reduction
+    """.split()
+)
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+class CodegenError(RuntimeError):
+    """This torch's C++ code generator is not the one that bicompile knows how to pin."""
+
+
+def materialise_headers() -> Path:
+    """Put the headers where generated kernels include them, if they are not there, and return the one to include.
+
+    The directory's name hashes the contents, so that a kernel's source changes with the headers, and the binary that
+    Inductor cached with it.  Several processes may do this at once.
+    """
+    directory = cache_dir().resolve() / f"include-{_headers_hash()}"
+    if not all((directory / name).exists() for name in _HEADERS):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix="include-new-") as new:
+            for name in _HEADERS:
+                target = Path(new) / name
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(_HERE.parent / name, target)
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(target, directory / name)
+    return directory / _HEADERS[0]
+
+
+def signature() -> str:
+    """What a cached artefact depends on here: headers, their place, and this file."""
+    key = hashlib.sha256(_headers_hash().encode())
+    key.update(os.fsencode(cache_dir().resolve()))
+    key.update(Path(__file__).read_bytes())
+    return key.hexdigest()
+
+
+@functools.cache
+def _headers_hash() -> str:
+    key = hashlib.sha256()
+    for name in _HEADERS:
+        key.update(name.encode() + b"\0" + (_HERE.parent / name).read_bytes() + b"\0")
+    return key.hexdigest()[:16]
+
+
+_lock = threading.RLock()
+_depth = 0
+_undo = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def pinned_cpu_codegen() -> Iterator[None]:
+    """Pin what Inductor's C++ code generator writes until the context is left.  May be nested.
+
+    The patches hold for the process: enter it around code generation only, under Dynamo's compile lock.
+
+    Raises:
+        CodegenError: this torch lacks something that must be patched.
+        UnsupportedOpError: raised by code generation inside, for a function that is neither exact nor pinned.
+    """
+    global _depth, _undo
+    with _lock:
+        if _depth == 0:
+            with contextlib.ExitStack() as stack:  # undone here if patching itself fails
+                _patch(stack)
+                _undo = stack.pop_all()
+        _depth += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _depth -= 1
+            if _depth == 0:
+                _undo.close()
+
+
+def _patch(stack: contextlib.ExitStack) -> None:
+    for owner, name in (
+        (cpp, "CppOverrides"),
+        (cpp, "CppVecOverrides"),
+        (cpp, "CppTile2DOverrides"),
+        (cpp, "CppKernel"),
+        (cpp, "CppVecKernel"),
+        (cpp, "KernelGroup"),
+    ):
+        _require(owner, name)
+    scalar, vector = cpp.CppOverrides, cpp.CppVecOverrides
+    known = {name for c in (scalar, vector, cpp.CppTile2DOverrides) for name in dir(c) if not name.startswith("_")}
+    for name in (*_OURS, *_OURS_IF_REAL):
+        _require(scalar, name)
+    for name in known:
+        if name in _OURS:
+            functions = (_ours(name),) * 2
+        elif name in _OURS_IF_REAL:
+            functions = (_ours_if_real(name, scalar), _ours_if_real(name, vector))
+        elif name in _EACH:
+            functions = (_each(name, scalar),) * 2
+        elif name == "floordiv":
+            functions = (_integers_only(name, scalar), _integers_only(name, vector))
+        elif name in _EXACT | _STRUCTURE:
+            continue
+        else:
+            functions = (_refused(name),) * 2
+        for owner, function in zip((scalar, vector), functions, strict=True):
+            function.__name__ = name  # by which CppVecOverrides falls back to CppOverrides
+            _set(stack, owner, name, staticmethod(function))
+    for owner in (vector, cpp.CppTile2DOverrides):
+        _set(stack, owner, "index_expr", staticmethod(_whole_index(owner)))
+    for kernel in (cpp.CppKernel, cpp.CppVecKernel):
+        _set(stack, kernel, "get_to_dtype_expr", _narrowing(_require(kernel, "get_to_dtype_expr")))
+    _set(stack, cpp.KernelGroup, "codegen_group", _including(_require(cpp.KernelGroup, "codegen_group")))
+
+
+def _require(owner: Any, name: str) -> Any:
+    if not hasattr(owner, name):
+        raise CodegenError(
+            f"torch {torch.__version__}: {getattr(owner, '__name__', owner)}.{name} is missing, and without it CPU "
+            f"kernels cannot be pinned. Use a torch release that bicompile supports."
+        )
+    return getattr(owner, name)
+
+
+def _set(stack: contextlib.ExitStack, owner: type, name: str, value: Any) -> None:
+    """Set a class attribute and schedule its restoration."""
+    if name in vars(owner):
+        stack.callback(setattr, owner, name, vars(owner)[name])
+    else:
+        stack.callback(delattr, owner, name)
+    setattr(owner, name, value)
+
+
+def _call(name: str, *arguments: Any) -> str:
+    return f"bicompile::inductor::{name}({', '.join(str(a) for a in arguments)})"
+
+
+def _is_real(*arguments: Any) -> bool:
+    dtypes = [getattr(a, "dtype", None) for a in arguments]
+    return any(d is not None and d.is_floating_point for d in dtypes)
+
+
+def _ours(name: str) -> Callable[..., str]:
+    return lambda *arguments: _call(name, *arguments)
+
+
+def _ours_if_real(name: str, owner: type) -> Callable[..., Any]:
+    stock = getattr(owner, name)
+
+    def function(*arguments: Any) -> Any:
+        return _call(_OURS_IF_REAL[name], *arguments) if _is_real(*arguments) else stock(*arguments)
+
+    return function
+
+
+def _each(name: str, scalar: type) -> Callable[..., str]:
+    """Inductor's scalar code in a lambda, which ``each`` calls lane by lane."""
+    stock = getattr(scalar, name)
+
+    def function(*arguments: Any) -> str:
+        if len(arguments) > 2:
+            return _refused(name)(*arguments)
+        parameters = [f"lane{i}" for i in range(len(arguments))]
+        body = stock(*parameters)
+        return _call("each", f"[](auto {', auto '.join(parameters)}) {{ return {body}; }}", *arguments)
+
+    return function
+
+
+def _integers_only(name: str, owner: type) -> Callable[..., Any]:
+    stock = getattr(owner, name)
+
+    def function(*arguments: Any) -> Any:
+        return _refused(name)(*arguments) if _is_real(*arguments) else stock(*arguments)
+
+    return function
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    def function(*arguments: Any, **options: Any) -> Any:
+        from bicompile.errors import UnsupportedOpError
+
+        raise UnsupportedOpError(
+            f"ops.{name}: Inductor's C++ kernels have no form of this function that is known to give the same bits in "
+            f"vector and scalar code, so a row's bits could follow its batch. Compute it outside the compiled function, "
+            f"or from functions that are supported."
+        )
+
+    return function
+
+
+def _whole_index(owner: type) -> Callable[..., Any]:
+    """Indices as integers first: vector code would add up a floating-point index in steps, which rounds."""
+    stock = owner.index_expr  # type: ignore[attr-defined]
+
+    def index_expr(expr: Any, dtype: torch.dtype) -> Any:
+        if not dtype.is_floating_point:
+            return stock(expr, dtype)
+        whole = cpp.ops.index_expr(expr, torch.int64)
+        return cpp.ops.to_dtype(whole, dtype, src_dtype=torch.int64)
+
+    return index_expr
+
+
+def _narrowing(stock: Callable[..., str]) -> Callable[..., str]:
+    """Casts to the half precisions write one NaN; the narrower formats, whose overflow differs, are refused."""
+
+    def get_to_dtype_expr(self: Any, src: Any, dtype: torch.dtype, src_dtype: torch.dtype, *more: Any, **kw: Any) -> str:
+        for d in (dtype, src_dtype):
+            if d is not None and d.is_floating_point and d.itemsize == 1:  # None: Inductor left it out
+                _refused(f"to_dtype({d})")()
+        expression = stock(self, src, dtype, src_dtype, *more, **kw)
+        narrows = dtype in _HALVES and src_dtype in (torch.float32, torch.float64)
+        return _call("narrowed", src, expression) if narrows else expression
+
+    return get_to_dtype_expr
+
+
+def _including(stock: Callable[..., str]) -> Callable[..., str]:
+    """Kernels that call us include our header, by a path that names its contents."""
+
+    def codegen_group(self: Any, *arguments: Any, **options: Any) -> str:
+        _check_flags()
+        code = stock(self, *arguments, **options)
+        if "bicompile::" not in code:
+            return code
+        if _PREFIX not in code:
+            raise CodegenError(f"torch {torch.__version__}: generated C++ kernels do not begin with {_PREFIX}")
+        return code.replace(_PREFIX, f'{_PREFIX}\n#include "{materialise_headers()}"', 1)
+
+    return codegen_group
+
+
+def _check_flags() -> None:
+    """Multiplications and additions must stay two roundings, in the order written."""
+    contract = getattr(config.cpp, "enable_floating_point_contract_flag", "off")
+    unsafe = getattr(config.cpp, "enable_unsafe_math_opt_flag", False)
+    if contract not in (False, "off") or unsafe:
+        from bicompile.errors import OptionError
+
+        raise OptionError(
+            f"cpp.enable_floating_point_contract_flag={contract!r}, cpp.enable_unsafe_math_opt_flag={unsafe!r}: expected "
+            f"'off' and False, because the C++ compiler would round differently from kernel to kernel. Unset both."
+        )

@@ -1,0 +1,100 @@
+// The matmul family on the CPU: mm, bmm, addmm, baddbmm.  gemm.h computes; here operands are checked and described.
+#include "gemm.h"
+
+#include <torch/csrc/stable/library.h>
+
+namespace bicompile {
+namespace {
+
+using matmul::Addend;
+using matmul::Operand;
+using matmul::Pack;
+using matmul::Product;
+
+std::string shape_of(const Tensor& t) {
+  std::string text = "[";
+  for (int64_t i = 0; i < t.dim(); i++) text += (i ? ", " : "") + std::to_string(t.size(i));
+  return text + "]";
+}
+
+void check_factors(const char* op, const Tensor& a, const Tensor& b, int64_t dim) {
+  STD_TORCH_CHECK(a.dim() == dim && b.dim() == dim, "bicompile::", op, ": expected two ", dim, "-D tensors, got shapes ",
+                  shape_of(a), " and ", shape_of(b), "; reshape them first");
+  STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "bicompile::", op, ": expected one dtype, got ",
+                  name_of(a.scalar_type()), " and ", name_of(b.scalar_type()), "; convert one of them");
+  const bool fits = a.size(dim - 1) == b.size(dim - 2) && (dim == 2 || a.size(0) == b.size(0));
+  STD_TORCH_CHECK(fits, "bicompile::", op, ": the shapes ", shape_of(a), " and ", shape_of(b),
+                  " do not fit; expected ", dim == 2 ? "[M, K] and [K, N]" : "[B, M, K] and [B, K, N]");
+}
+
+template <class T>
+Product<T> product_of(const Tensor& a, const Tensor& b, const Tensor& out) {
+  const int64_t d = a.dim() - 2;  // 1 where there is a batch
+  Product<T> p;
+  p.batch = d ? a.size(0) : 1;
+  p.rows = a.size(d), p.depth = a.size(d + 1), p.columns = b.size(d + 1);
+  p.left = {static_cast<const T*>(a.data_ptr()), a.stride(d), a.stride(d + 1)};
+  p.right = {static_cast<const T*>(b.data_ptr()), b.stride(d + 1), b.stride(d)};
+  p.left_batch_stride = d ? a.stride(0) : 0;
+  p.right_batch_stride = d ? b.stride(0) : 0;
+  p.out = static_cast<T*>(out.data_ptr());
+  return p;
+}
+
+Tensor new_product(const Tensor& a, const Tensor& b) {
+  if (a.dim() == 2) return new_tensor({a.size(0), b.size(1)}, a.scalar_type());
+  return new_tensor({a.size(0), a.size(1), b.size(2)}, a.scalar_type());
+}
+
+Tensor multiply(const char* op, const Tensor& a, const Tensor& b, int64_t dim) {
+  check_factors(op, a, b, dim);
+  Tensor out = new_product(a, b);
+  dispatch(op, a.scalar_type(), [&](auto zero) { matmul::multiply(product_of<decltype(zero)>(a, b, out)); });
+  return out;
+}
+
+Tensor multiply_add(const char* op, const Tensor& c, const Tensor& a, const Tensor& b, double beta, double alpha,
+                    int64_t dim) {
+  check_factors(op, a, b, dim);
+  STD_TORCH_CHECK(c.scalar_type() == a.scalar_type(), "bicompile::", op, ": expected one dtype, got an addend of ",
+                  name_of(c.scalar_type()), " for factors of ", name_of(a.scalar_type()), "; convert one of them");
+  Tensor out = new_product(a, b);
+  int64_t strides[3] = {0, 0, 0};  // of c, broadcast to [batch, rows, columns]
+  bool fits = c.dim() <= dim;
+  for (int64_t back = 1; fits && back <= c.dim(); back++) {
+    const int64_t size = c.size(c.dim() - back);
+    fits = size == 1 || size == out.size(dim - back);
+    strides[3 - back] = size == 1 ? 0 : c.stride(c.dim() - back);
+  }
+  STD_TORCH_CHECK(fits, "bicompile::", op, ": expected an addend that broadcasts to ", shape_of(out), ", got shape ",
+                  shape_of(c));
+  dispatch(op, a.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using Element = typename Pack<T>::Element;
+    Product<T> p = product_of<T>(a, b, out);
+    const T* data = beta == 0 ? nullptr : static_cast<const T*>(c.data_ptr());  // beta 0: not even a NaN counts
+    p.addend = {data, strides[0], strides[1], strides[2], Element(beta), Element(alpha)};
+    matmul::multiply(p);
+  });
+  return out;
+}
+
+Tensor mm(const Tensor& a, const Tensor& b) { return multiply("mm", a, b, 2); }
+Tensor bmm(const Tensor& a, const Tensor& b) { return multiply("bmm", a, b, 3); }
+Tensor addmm(const Tensor& c, const Tensor& a, const Tensor& b, double beta, double alpha) {
+  return multiply_add("addmm", c, a, b, beta, alpha, 2);
+}
+Tensor baddbmm(const Tensor& c, const Tensor& a, const Tensor& b, double beta, double alpha) {
+  return multiply_add("baddbmm", c, a, b, beta, alpha, 3);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
+  m.impl("mm", TORCH_BOX(&mm));
+  m.impl("bmm", TORCH_BOX(&bmm));
+  m.impl("addmm", TORCH_BOX(&addmm));
+  m.impl("baddbmm", TORCH_BOX(&baddbmm));
+}
+
+}  // namespace bicompile

@@ -1,0 +1,226 @@
+// Blocks of 32 numbers, and the one order in which a reduction combines them.
+//
+// The order: lane l of 32 combines the elements k = l, l + 32, l + 64, ... in ascending order, starting from the
+// neutral element; then the lanes halve: lane i takes lane i + 16, then i + 8, 4, 2, 1.  The reduced index k counts the
+// reduced elements in row-major order of the tensor's shape.
+//
+// Two walks realise it.  AlongRow takes 32 neighbouring elements of one row at a time, one for each lane; AcrossRows
+// takes element k of 32 neighbouring rows at a time, for tensors whose reduced dim is not the innermost.  A kernel is
+// written once, on blocks, and runs on either with the same bits.
+#pragma once
+
+#include <utility>
+
+#include "../native/simd.h"
+
+#define BICOMPILE_LAMBDA __attribute__((always_inline))
+
+namespace bicompile {
+
+constexpr int kBlock = 32;
+
+template <class S>
+struct Block {
+  using Vec = std::conditional_t<std::is_same_v<S, float>, VecF, VecD>;
+  static constexpr int kVecs = kBlock / Vec::kLanes;
+  Vec v[kVecs];
+};
+
+// f(vector) or f(vector, vector, ...) for the vectors of one or more blocks; unrolled, so that blocks live in registers.
+template <class F, class S, class... Rest>
+BICOMPILE_INLINE Block<S> map(const F& f, Block<S> a, Rest... rest) {
+  return [&]<size_t... I>(std::index_sequence<I...>) BICOMPILE_LAMBDA {
+    auto at = [&]<size_t J>(std::integral_constant<size_t, J>) BICOMPILE_LAMBDA { return f(a.v[J], rest.v[J]...); };
+    return Block<S>{{at(std::integral_constant<size_t, I>())...}};
+  }(std::make_index_sequence<Block<S>::kVecs>());
+}
+
+template <class S>
+BICOMPILE_INLINE Block<S> block_of(S x) {
+  auto v = splat(x);
+  return [&]<size_t... I>(std::index_sequence<I...>) BICOMPILE_LAMBDA {
+    return Block<S>{{(void(I), v)...}};
+  }(std::make_index_sequence<Block<S>::kVecs>());
+}
+
+template <class S>
+BICOMPILE_INLINE Block<S> operator+(Block<S> a, Block<S> b) {
+  return map([](auto x, auto y) BICOMPILE_LAMBDA { return x + y; }, a, b);
+}
+template <class S>
+BICOMPILE_INLINE Block<S> operator-(Block<S> a, Block<S> b) {
+  return map([](auto x, auto y) BICOMPILE_LAMBDA { return x - y; }, a, b);
+}
+template <class S>
+BICOMPILE_INLINE Block<S> operator*(Block<S> a, Block<S> b) {
+  return map([](auto x, auto y) BICOMPILE_LAMBDA { return x * y; }, a, b);
+}
+template <class S>
+BICOMPILE_INLINE Block<S> operator/(Block<S> a, Block<S> b) {
+  return map([](auto x, auto y) BICOMPILE_LAMBDA { return x / y; }, a, b);
+}
+
+// The first `count` of 32 elements, widened; zeros in the other lanes.
+template <class S, class In>
+BICOMPILE_INLINE Block<S> load_block(const In* p, int count) {
+  using Vec = typename Block<S>::Vec;
+  Block<S> r;
+  if (count >= kBlock) {
+    for (int i = 0; i < Block<S>::kVecs; i++) r.v[i] = load(p + i * Vec::kLanes);
+    return r;
+  }
+  for (int i = 0; i < Block<S>::kVecs; i++) {
+    int left = count - i * Vec::kLanes;
+    r.v[i] = left >= Vec::kLanes ? load(p + i * Vec::kLanes)
+             : left > 0          ? load_first(p + i * Vec::kLanes, left, S(0))
+                                 : splat(S(0));
+  }
+  return r;
+}
+
+// Rounds the first `count` of 32 numbers once to the type of p; every NaN becomes the canonical one.
+template <class S, class Out>
+BICOMPILE_INLINE void store_block(Out* p, Block<S> a, int count) {
+  using Vec = typename Block<S>::Vec;
+  for (int i = 0; i < Block<S>::kVecs; i++) {
+    int left = count - i * Vec::kLanes;
+    if (left >= Vec::kLanes) {
+      store_as(p + i * Vec::kLanes, a.v[i]);
+    } else if (left > 0) {
+      store_as(p + i * Vec::kLanes, a.v[i], left);
+    }
+  }
+}
+
+// The first `count` lanes of a block, `rest` in the others.
+template <class S>
+BICOMPILE_INLINE Block<S> keep_first(Block<S> a, int count, S rest) {
+  using Vec = typename Block<S>::Vec;
+  alignas(64) static constexpr auto kIndex = [] {
+    struct { S v[kBlock]; } r{};
+    for (int i = 0; i < kBlock; i++) r.v[i] = S(i);
+    return r;
+  }();
+  for (int i = 0; i < Block<S>::kVecs; i++) {
+    a.v[i] = where_less(load(kIndex.v + i * Vec::kLanes), splat(S(count)), a.v[i], splat(rest));
+  }
+  return a;
+}
+
+// How two partial results become one, for vectors and for blocks.
+struct Add {
+  template <class V>
+  BICOMPILE_INLINE V operator()(V a, V b) const { return a + b; }
+};
+struct Multiply {
+  template <class V>
+  BICOMPILE_INLINE V operator()(V a, V b) const { return a * b; }
+};
+struct Max {  // NaN wins, +0 is above -0
+  template <class V>
+  BICOMPILE_INLINE V operator()(V a, V b) const { return max_of(a, b); }
+};
+struct Min {
+  template <class V>
+  BICOMPILE_INLINE V operator()(V a, V b) const { return min_of(a, b); }
+};
+struct FastMax {  // ignores NaN; which zero wins is not said
+  template <class V>
+  BICOMPILE_INLINE V operator()(V a, V b) const { return greater(b, a); }
+};
+
+// The 32 lanes of one row, halved until one number is left, in every lane of the result.
+template <class S, class Combine>
+BICOMPILE_INLINE Block<S> halve_lanes(Block<S> a, const Combine& combine) {
+  using Vec = typename Block<S>::Vec;
+  constexpr int kVecs = Block<S>::kVecs;
+  if constexpr (kVecs >= 8) {
+    for (int i = 0; i < 4; i++) a.v[i] = combine(a.v[i], a.v[i + 4]);
+  }
+  if constexpr (kVecs >= 4) {
+    for (int i = 0; i < 2; i++) a.v[i] = combine(a.v[i], a.v[i + 2]);
+  }
+  Vec r = combine(a.v[0], a.v[1]);
+  if constexpr (Vec::kLanes >= 16) r = combine(r, shift_down<8>(r));
+  if constexpr (Vec::kLanes >= 8) r = combine(r, shift_down<4>(r));
+  r = combine(r, shift_down<2>(r));
+  r = combine(r, shift_down<1>(r));
+  return block_of(S(first_lane(r)));
+}
+
+// A walk over one row of n elements.  Everywhere, get(k, count) gives a block of which the first `count` lanes count,
+// and put(k, count) consumes them; `fold` returns a block that holds the result in every lane.
+struct AlongRow {
+  int64_t n;
+
+  template <class S, class Combine, class Get>
+  BICOMPILE_INLINE Block<S> fold(const Combine& combine, S neutral, const Get& get) const {
+    Block<S> lanes = block_of(neutral);
+    int64_t k = 0;
+    for (; k + kBlock <= n; k += kBlock) lanes = map(combine, lanes, get(k, kBlock));
+    if (k < n) lanes = map(combine, lanes, keep_first(get(k, int(n - k)), int(n - k), neutral));
+    return halve_lanes(lanes, combine);
+  }
+  template <class Put>
+  BICOMPILE_INLINE void each(const Put& put) const {
+    int64_t k = 0;
+    for (; k + kBlock <= n; k += kBlock) put(k, kBlock);
+    if (k < n) put(k, int(n - k));
+  }
+};
+
+// A walk over `rows` <= 32 neighbouring rows of n elements at once: `fold` returns a block with one result for each.
+struct AcrossRows {
+  int64_t n;
+  int rows;
+
+  template <class S, class Combine, class Get>
+  BICOMPILE_INLINE Block<S> fold(const Combine& combine, S neutral, const Get& get) const {
+    return rows == kBlock ? fold_rows(combine, neutral, get, kBlock) : fold_rows(combine, neutral, get, rows);
+  }
+  template <class Put>
+  BICOMPILE_INLINE void each(const Put& put) const {
+    if (rows == kBlock) {
+      for (int64_t k = 0; k < n; k++) put(k, kBlock);
+    } else {
+      for (int64_t k = 0; k < n; k++) put(k, rows);
+    }
+  }
+
+ private:
+  template <class S, class Combine, class Get>
+  BICOMPILE_INLINE Block<S> fold_rows(const Combine& combine, S neutral, const Get& get, int count) const {
+    // Lanes that no element reaches hold the neutral element, and combining with it changes nothing: they are skipped.
+    Block<S> lanes[kBlock];
+    lanes[0] = block_of(neutral);
+    const int used = int(n < kBlock ? n : kBlock);
+    for (int lane = 0; lane < used; lane++) {
+      Block<S> sum = block_of(neutral);
+      for (int64_t k = lane; k < n; k += kBlock) sum = map(combine, sum, get(k, count));
+      lanes[lane] = sum;
+    }
+    for (int half = kBlock / 2; half >= 1; half /= 2) {
+      for (int i = 0; i < half && i + half < used; i++) lanes[i] = map(combine, lanes[i], lanes[i + half]);
+    }
+    return lanes[0];
+  }
+};
+
+// Where a kernel reads element k: of one row, densely packed.
+template <class In, class S>
+struct RowInput {
+  const In* p;
+  BICOMPILE_INLINE Block<S> operator()(int64_t k, int count) const { return load_block<S>(p + k, count); }
+};
+// Of neighbouring rows, densely packed in the other direction: k * step away, or table[k] if there is a table.
+template <class In, class S>
+struct RowsInput {
+  const In* p;
+  int64_t step;
+  const int64_t* table = nullptr;
+  BICOMPILE_INLINE Block<S> operator()(int64_t k, int count) const {
+    return load_block<S>(p + (table ? table[k] : k * step), count);
+  }
+};
+
+}  // namespace bicompile

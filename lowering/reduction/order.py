@@ -1,0 +1,26 @@
+"""The order of every reduction over a row: sums, products, norms, variances, the sums in a softmax or a layer norm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ReductionOrder:
+    """Which partial results are combined with which.
+
+    Lane ``l`` of ``lanes`` combines the elements ``k = l, l + lanes, l + 2 * lanes, ...`` in ascending order, starting
+    from the operation's neutral element.  Then the lanes halve: lane ``i`` takes lane ``i + lanes / 2``, and so on
+    down to lane 0.  ``k`` counts the reduced elements in row-major order of the tensor's shape, wherever they lie in
+    memory.  Every operation is rounded to ``compute``; the result is rounded once more, to the output's dtype.
+    """
+
+    lanes: int
+    compute: torch.dtype
+
+
+def order_for(n: int, dtype: torch.dtype) -> ReductionOrder:
+    """The order of a reduction of ``n`` elements in ``dtype``; today it is the same for every ``n``."""
+    return ReductionOrder(lanes=32, compute=torch.float64 if dtype == torch.float64 else torch.float32)

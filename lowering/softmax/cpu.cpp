@@ -1,0 +1,103 @@
+// Softmax and log-softmax over any dim, and their gradients: sums in the order of reduction/block.h, the rest pointwise.
+#include "../reduction/programs.h"
+#include "../reduction/slices.h"
+
+namespace bicompile {
+namespace {
+
+// exp(x - max) / sum, the powers kept in full precision between the passes: one exp for each element.
+template <bool kSafe>
+struct Softmax {
+  static constexpr int kCost = 12;
+  template <class S, class Walk, class X, class Y>
+  void operator()(const Walk& walk, const std::array<X, 1>& in, const Y& y, const Kept<S>& kept) const {
+    const X& x = in[0];
+    const Block<S> max = largest<S>(walk, x);
+    auto power = [&](int64_t k, int count) BICOMPILE_LAMBDA {
+      Block<S> e = exp(x(k, count) - max);
+      kept.put(k, e);
+      return e;
+    };
+    const Block<S> sum = walk.fold(Add{}, S(0), power);
+    if constexpr (kSafe) {
+      // Zeros for a row of nothing but -inf.
+      const Block<S> low = block_of(-std::numeric_limits<S>::infinity()), zero = block_of(S(0));
+      const Block<S> top = walk.fold(Max{}, -std::numeric_limits<S>::infinity(), x);
+      walk.each([&](int64_t k, int count) BICOMPILE_LAMBDA {
+        y(k, where_equal(top, low, zero, kept.get(k) / sum), count);
+      });
+    } else {
+      walk.each([&](int64_t k, int count) BICOMPILE_LAMBDA { y(k, kept.get(k) / sum, count); });
+    }
+  }
+};
+
+// (x - max) - log(sum of exp(x - max)).
+struct LogSoftmax {
+  static constexpr int kCost = 10;
+  template <class S, class Walk, class X, class Y>
+  void operator()(const Walk& walk, const std::array<X, 1>& in, const Y& y, const Kept<S>&) const {
+    const X& x = in[0];
+    const Block<S> max = largest<S>(walk, x);
+    auto power = [&](int64_t k, int count) BICOMPILE_LAMBDA { return exp(x(k, count) - max); };
+    const Block<S> log_sum = log(walk.fold(Add{}, S(0), power));
+    walk.each([&](int64_t k, int count) BICOMPILE_LAMBDA { y(k, (x(k, count) - max) - log_sum, count); });
+  }
+};
+
+// y * (g - sum(g * y)), the inputs being g and y.
+struct SoftmaxBackward {
+  static constexpr int kCost = 3;
+  template <class S, class Walk, class X, class Y>
+  void operator()(const Walk& walk, const std::array<X, 2>& in, const Y& dx, const Kept<S>&) const {
+    const X &g = in[0], &y = in[1];
+    auto product = [&](int64_t k, int count) BICOMPILE_LAMBDA { return g(k, count) * y(k, count); };
+    const Block<S> sum = walk.fold(Add{}, S(0), product);
+    walk.each([&](int64_t k, int count) BICOMPILE_LAMBDA { dx(k, y(k, count) * (g(k, count) - sum), count); });
+  }
+};
+
+// g - exp(y) * sum(g), the inputs being g and y.
+struct LogSoftmaxBackward {
+  static constexpr int kCost = 8;
+  template <class S, class Walk, class X, class Y>
+  void operator()(const Walk& walk, const std::array<X, 2>& in, const Y& dx, const Kept<S>&) const {
+    const X &g = in[0], &y = in[1];
+    const Block<S> sum = walk.fold(Add{}, S(0), g);
+    walk.each([&](int64_t k, int count) BICOMPILE_LAMBDA { dx(k, g(k, count) - exp(y(k, count)) * sum, count); });
+  }
+};
+
+Tensor softmax(const Tensor& x, int64_t dim, bool log, ScalarType dtype, bool safe) {
+  check_floating("softmax", "x", x.scalar_type());
+  check_floating("softmax", "dtype", dtype);
+  STD_TORCH_CHECK(!(log && safe), "bicompile::softmax: expected log or safe, got both; pass safe=False");
+  dim = checked_dim("softmax", dim, x.dim());
+  auto run = [&](const auto& kernel) {
+    return map_slices<1>("softmax", {x}, dim, dtype, computes_in_double(dtype), kernel);
+  };
+  return log ? run(LogSoftmax{}) : safe ? run(Softmax<true>{}) : run(Softmax<false>{});
+}
+
+Tensor softmax_backward(const Tensor& grad, const Tensor& y, int64_t dim, bool log, ScalarType dtype) {
+  check_floating("softmax_backward", "grad", grad.scalar_type());
+  check_floating("softmax_backward", "y", y.scalar_type());
+  check_floating("softmax_backward", "dtype", dtype);
+  STD_TORCH_CHECK(sizes_of(grad) == sizes_of(y),
+                  "bicompile::softmax_backward: expected grad and y of one shape, got others; expand grad first");
+  dim = checked_dim("softmax_backward", dim, y.dim());
+  const bool in_double = computes_in_double(dtype) || computes_in_double(y.scalar_type());
+  auto run = [&](const auto& kernel) {
+    return map_slices<2>("softmax_backward", {grad, y}, dim, dtype, in_double, kernel);
+  };
+  return log ? run(LogSoftmaxBackward{}) : run(SoftmaxBackward{});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
+  m.impl("softmax", TORCH_BOX(&softmax));
+  m.impl("softmax_backward", TORCH_BOX(&softmax_backward));
+}
+
+}  // namespace bicompile

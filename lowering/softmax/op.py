@@ -1,0 +1,47 @@
+"""``bicompile::softmax`` and its gradient: softmax and log-softmax over any one dim.
+
+``x`` is converted to the type that ``dtype`` computes in (float64 for itself, float32 for the others); the result is
+rounded once to ``dtype``.  A row of nothing but ``-inf`` gives NaN, as in torch, or zeros if ``safe``.
+
+Numerics: the row's exact maximum is subtracted, sums have the order of ``order.py``, every operation is rounded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bicompile.lowering.reduction.op import canonical_dim, check_floating
+
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+_LIB = torch.library.Library("bicompile", "FRAGMENT")
+_LIB.define("softmax(Tensor x, int dim, bool log, ScalarType dtype, bool safe=False) -> Tensor", tags=_TAGS)
+_LIB.define("softmax_backward(Tensor grad, Tensor y, int dim, bool log, ScalarType dtype) -> Tensor", tags=_TAGS)
+
+
+@torch.library.register_fake("bicompile::softmax", lib=_LIB)
+def _(x: Tensor, dim: int, log: bool, dtype: torch.dtype, safe: bool = False) -> Tensor:
+    check_floating("softmax", "x", x.dtype)
+    check_floating("softmax", "dtype", dtype)
+    torch._check_value(
+        not (log and safe), lambda: "bicompile::softmax: expected log or safe, got both; pass safe=False"
+    )
+    canonical_dim("softmax", dim, x.dim())
+    return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.register_fake("bicompile::softmax_backward", lib=_LIB)
+def _(grad: Tensor, y: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
+    check_floating("softmax_backward", "grad", grad.dtype)
+    check_floating("softmax_backward", "y", y.dtype)
+    check_floating("softmax_backward", "dtype", dtype)
+    canonical_dim("softmax_backward", dim, y.dim())
+    torch._check_value(
+        grad.dim() == y.dim(),
+        lambda: (
+            "bicompile::softmax_backward: expected grad and y of one shape, got "
+            f"{tuple(grad.shape)} and {tuple(y.shape)}; expand grad first"
+        ),
+    )
+    return y.new_empty(y.shape, dtype=dtype)

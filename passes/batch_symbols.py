@@ -1,0 +1,135 @@
+"""Which of a node's sums run over the batch: follow the batch's symbol through the shapes.
+
+Where the batch size is symbolic (``explain`` marks it so), every shape is a sympy expression of it, through views and
+reshapes: ``[5*s0, 32]`` for a flattened batch.  A node mixes rows exactly if the extent that it reduces contains the
+symbol.  What this cannot see: a view that puts parts of two rows into one without reducing, and data-dependent
+indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from .rewriting import arguments
+
+aten = torch.ops.aten
+
+
+def symbols_of(size: Any) -> frozenset[sympy.Symbol]:
+    """The sympy symbols in a size, none for a plain integer."""
+    return frozenset(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else frozenset()
+
+
+def reduced_extent(node: Node) -> list[Any] | None:
+    """The sizes over which one output element of ``node`` combines input elements; None if the node combines none.
+
+    For a matrix product the inner size, for a sum the reduced dims, for an accumulating scatter the dims of the
+    source that the index runs over.
+    """
+    if not isinstance(node.target, OpOverload):
+        return None
+    name = f"{node.target.namespace}.{node.target._opname}"
+    find = _EXTENTS.get(name)
+    return None if find is None else find(arguments(node))
+
+
+def mixes_batch(node: Node, batch: frozenset[sympy.Symbol]) -> bool:
+    """Whether one output element of ``node`` takes in elements of more than one row of the batch."""
+    extent = reduced_extent(node)
+    return extent is not None and any(symbols_of(size) & batch for size in extent)
+
+
+def _shape(node: Node) -> torch.Size:
+    val = node.meta["val"]
+    assert isinstance(val, Tensor)
+    return val.shape
+
+
+def _over_dims(args: dict[str, Any]) -> list[Any]:
+    shape = _shape(args.get("x") or args["self"])
+    dim = args.get("dim")
+    dims = [dim] if isinstance(dim, int) else list(dim or range(len(shape)))
+    return [shape[d] for d in dims]
+
+
+def _last_dim(args: dict[str, Any]) -> list[Any]:
+    return [_shape(args.get("x") or args["self"])[-1 if args.get("dim") is None else args["dim"]]]
+
+
+def _inner(args: dict[str, Any]) -> list[Any]:
+    return [_shape(args["a"])[-1]]
+
+
+def _normalised_dims(args: dict[str, Any]) -> list[Any]:
+    return list(_shape(args["x"])[-args["normalized_dims"] :])
+
+
+def _rows_of_norm(args: dict[str, Any]) -> list[Any]:
+    return list(_shape(args["x"])[: -args["normalized_dims"]])
+
+
+def _group(args: dict[str, Any]) -> list[Any]:
+    return list(_shape(args["x"])[1:])
+
+
+def _all_but_channels(args: dict[str, Any]) -> list[Any]:
+    shape = _shape(args["x"])
+    return [shape[0], *shape[2:]]
+
+
+def _keys(args: dict[str, Any]) -> list[Any]:
+    return [_shape(args["k"])[-2], _shape(args["q"])[-1]]
+
+
+def _keys_and_queries(args: dict[str, Any]) -> list[Any]:
+    return [*_keys(args), _shape(args["q"])[-2]]
+
+
+def _scattered(args: dict[str, Any]) -> list[Any]:
+    """Contributions meet along the scattered dim only."""
+    source = args.get("src") or args.get("source")
+    return [_shape(source)[args["dim"]]] if _shape(source) else []
+
+
+def _indexed(args: dict[str, Any]) -> list[Any]:
+    return [size for index in args["indices"] if index is not None for size in _shape(index)]
+
+
+def _embedded(args: dict[str, Any]) -> list[Any]:
+    return list(_shape(args["indices"]))
+
+
+_EXTENTS: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
+    **dict.fromkeys(["bicompile.mm", "bicompile.bmm", "bicompile.addmm", "bicompile.baddbmm"], _inner),
+    **{
+        f"bicompile.{name}": _over_dims
+        for name in (
+            "sum mean prod amax amin var vector_norm logsumexp sum_square mean_square softmax "
+            "softmax_backward cumsum cumprod logcumsumexp"
+        ).split()
+    },
+    "bicompile.layer_norm": _normalised_dims,
+    "bicompile.layer_norm_backward": _normalised_dims,
+    "bicompile.layer_norm_backward_params": _rows_of_norm,
+    "bicompile.group_norm": _group,
+    "bicompile.group_norm_backward": _group,
+    "bicompile.group_norm_backward_params": _all_but_channels,
+    "bicompile.sdpa": _keys,
+    "bicompile.sdpa_backward": _keys_and_queries,
+    **dict.fromkeys(["bicompile.index_add", "bicompile.scatter_add", "bicompile.scatter_reduce"], _scattered),
+    "bicompile.index_put_accumulate": _indexed,
+    "bicompile.embedding_dense_backward": _embedded,
+    # Exact, but a choice among rows of the batch depends on the batch all the same.
+    **{
+        f"aten.{name}": _over_dims
+        for name in "all any argmax argmin max min median nanmedian amax amin cummax cummin sum prod cumsum".split()
+    },
+    **dict.fromkeys(["aten.sort", "aten.topk", "aten.kthvalue", "aten.mode"], _last_dim),
+}

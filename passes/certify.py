@@ -1,0 +1,189 @@
+"""Classify every node of a finished graph, and refuse what is not proven.
+
+Runs last, just before Inductor takes over.  Changes nothing.  Each node is
+
+* ``exact``: it moves, compares or selects values, or computes on integers;
+* ``elementwise``: Inductor generates its code, with pinned numerics;
+* ``lowered``: one of our ops, with its order;
+* ``cross-batch``: an op that is batch-invariant by itself but here combines rows of the batch, in one fixed order;
+* ``allowed``: the user takes responsibility for it by name;
+* ``refused``: nothing above.
+
+Numerics, shapes, dtypes and strides: unchanged.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import sympy
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from bicompile.errors import UnsupportedOpError
+
+from .batch_symbols import mixes_batch, reduced_extent, symbols_of
+from .op_classes import is_control_flow, is_elementwise, is_exact, is_random, op_name
+
+_TORCH = str(Path(torch.__file__).parent)
+
+Kind = Literal["exact", "elementwise", "lowered", "cross-batch", "allowed", "refused"]
+
+
+@dataclass(frozen=True)
+class CertifiedNode:
+    """What one node of a graph is, and why.
+
+    Attributes:
+        name: the node's name in its graph.
+        op: the op, as ``aten.add.Tensor``.
+        kind: the class that the node falls into.
+        shape: its result's shape, as text; empty where it has none.
+        dtype: its result's dtype, as text.
+        order: for ``lowered`` and ``cross-batch``, the extent reduced and the op whose order it follows.
+        reason: for ``refused``, what is missing and what to do.
+        source: the user's line, ``file:line, in function``, where the trace kept it.
+    """
+
+    name: str
+    op: str
+    kind: Kind
+    shape: str
+    dtype: str
+    order: str = ""
+    reason: str = ""
+    source: str = ""
+
+
+@dataclass
+class Certification:
+    """How to certify: what the user allows, and what to do with a refusal.
+
+    Attributes:
+        allow: op names, with or without overload, that the user takes responsibility for.
+        on_refused: ``error`` raises, ``warn`` warns once per op, ``collect`` does neither.
+        batch: the sympy symbols of the batch size; empty where the graph was traced with a fixed batch.
+        nodes: every node certified so far, over all graphs.
+    """
+
+    allow: frozenset[str] = frozenset()
+    on_refused: Literal["error", "warn", "collect"] = "error"
+    batch: frozenset[sympy.Symbol] = frozenset()
+    nodes: list[CertifiedNode] = field(default_factory=list)
+
+
+def certify_pass(gm: GraphModule, certification: Certification) -> None:
+    """Classify the nodes of ``gm`` into ``certification.nodes``.
+
+    Raises:
+        UnsupportedOpError: a node is refused and ``on_refused`` is ``error``.
+    """
+    nodes = [
+        certify_node(node, certification) for node in gm.graph.nodes if node.op in ("call_function", "call_method")
+    ]
+    certification.nodes.extend(nodes)
+    refused = [node for node in nodes if node.kind == "refused"]
+    if not refused or certification.on_refused == "collect":
+        return
+    if certification.on_refused == "error":
+        raise UnsupportedOpError(refusal(refused))
+    warnings.warn(f"left as it is, and possibly batch-variant: {refusal(refused)}", stacklevel=2)
+
+
+def certify_node(node: Node, certification: Certification) -> CertifiedNode:
+    """Classify one node."""
+    name = op_name(node.target)
+    full = str(node.target) if isinstance(node.target, OpOverload) else name
+    kind: Kind
+    reason = ""
+    if certification.allow & {name, full}:
+        kind = "allowed"
+    elif device := _unproven_device(node):
+        kind, reason = "refused", f"no lowering has been admitted on {device}; supported is cpu"
+    elif name.startswith("bicompile."):
+        kind = "cross-batch" if mixes_batch(node, certification.batch) else "lowered"
+    elif is_exact(node):
+        kind = "cross-batch" if mixes_batch(node, certification.batch) else "exact"
+    elif is_elementwise(node):
+        kind = "elementwise"
+    elif is_control_flow(node):
+        kind = "exact"
+    else:
+        kind, reason = "refused", _reason(node)
+    val = next((leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)), None)
+    return CertifiedNode(
+        name=node.name,
+        op=full,
+        kind=kind,
+        shape="" if val is None else _sizes(val.shape),
+        dtype="" if val is None else str(val.dtype).removeprefix("torch."),
+        order=_order(node, name) if kind in ("lowered", "cross-batch") else "",
+        reason=reason,
+        source=source_line(node),
+    )
+
+
+def refusal(refused: list[CertifiedNode]) -> str:
+    """One message for all refusals of a graph: the op, its shape, where it is, and what to do."""
+    lines = []
+    for node in refused:
+        where = f" at {node.source}" if node.source else ""
+        lines.append(f"  {node.op} -> {node.dtype}{node.shape}{where}: {node.reason}")
+    names = sorted({node.op.rsplit(".", 1)[0] if node.op.count(".") > 1 else node.op for node in refused})
+    return (
+        "no batch-invariant lowering for\n"
+        + "\n".join(lines)
+        + f"\nRewrite it with supported ops, keep it out of the compiled function, or take responsibility for it with "
+        f"options={{'allow': {names}}}."
+    )
+
+
+def source_line(node: Node) -> str:
+    """The innermost line of the user's code that the node comes from, or an empty string."""
+    trace = (node.meta.get("stack_trace") or "").strip().splitlines()
+    frames = [line.strip() for line in trace if line.strip().startswith("File ")]
+    frames = [frame for frame in frames if _TORCH not in frame] or frames
+    if not frames:
+        return ""
+    file, line, *rest = frames[-1].removeprefix("File ").split(", ")
+    return ", ".join([f"{file.strip(chr(34))}:{line.removeprefix('line ')}", *rest])
+
+
+def _unproven_device(node: Node) -> str:
+    for leaf in tree_leaves(node.meta.get("val")):
+        if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
+            return str(leaf.device)
+    return ""
+
+
+def _order(node: Node, name: str) -> str:
+    extent = reduced_extent(node) or []
+    if not extent:
+        return name
+    return f"{name.split('.')[1]} over {_sizes(extent)}"
+
+
+def _sizes(sizes: object) -> str:
+    return "[" + ", ".join(str(size) for size in sizes) + "]"  # type: ignore[attr-defined]
+
+
+def _reason(node: Node) -> str:
+    if is_random(node):
+        return "random numbers follow an element's place in the batch"
+    if not isinstance(node.target, OpOverload):
+        return "an op that runs code of its own, which no pass has seen"
+    tensors = [leaf for n in node.all_input_nodes for leaf in tree_leaves(n.meta.get("val"))]
+    if any(isinstance(v, Tensor) and v.is_complex() for v in tensors):
+        return "complex arithmetic runs in kernels of PyTorch's own"
+    if torch.Tag.pointwise in node.target.tags:
+        return "elementwise, but computed by a kernel of PyTorch's own, which differs between vector and scalar code"
+    return "its order is not known"
+
+
+__all__ = ["Certification", "CertifiedNode", "certify_node", "certify_pass", "symbols_of"]

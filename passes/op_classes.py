@@ -1,0 +1,139 @@
+"""What a node can do to the bits of a row: the allowlist that ``certify`` goes by.
+
+An op is *exact* if it only moves, compares or selects values, or computes on integers: every order gives the same
+bits.  It is *elementwise* if each output element follows from the input elements at its own place, and Inductor
+generates the code for it (whose numerics ``bicompile.config`` pins).  Everything else must be one of our own ops.
+A denylist would not do: the next fused op of PyTorch would not be on it.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor import lowering as inductor
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+_EXACT_NAMES = frozenset(
+    """
+    aten._assert_async aten._assert_scalar aten._assert_tensor_metadata aten._functional_assert_async
+    aten._local_scalar_dense aten._to_copy aten._unsafe_index aten._unsafe_index_put aten._unsafe_masked_index
+    aten._unsafe_view aten.adaptive_max_pool2d aten.all aten.any aten.arange aten.argmax aten.argmin
+    aten.as_strided_copy aten.as_strided_scatter aten.broadcast_tensors aten.bucketize aten.cat aten.clone
+    aten.constant_pad_nd aten.copy aten.copy_ aten.cummax aten.cummin aten.diagonal_copy aten.diagonal_scatter
+    aten.embedding aten.empty aten.empty_like aten.empty_permuted aten.empty_strided aten.fill aten.flip aten.full
+    aten.full_like aten.gather aten.index aten.index_put aten.index_select aten.isin aten.item aten.kthvalue aten.lift
+    aten.lift_fresh_copy aten.masked_fill aten.masked_scatter aten.max aten.max_pool2d_with_indices
+    aten.max_pool3d_with_indices aten.median aten.min aten.nanmedian aten.new_empty aten.new_empty_strided
+    aten.new_full aten.nonzero aten.nonzero_static aten.ones aten.ones_like aten.repeat aten.repeat_interleave
+    aten.resize aten.roll aten.scalar_tensor aten.scatter aten.searchsorted aten.select_scatter aten.slice_scatter
+    aten.sort aten.squeeze_copy aten.stack aten.sym_numel aten.sym_size aten.sym_storage_offset aten.sym_stride
+    aten.sym_constrain_range aten.sym_constrain_range_for_size aten.topk aten.tril_indices aten.triu_indices
+    aten.tril aten.triu aten.unique_consecutive aten._unique2 aten.unique_dim aten.unfold_copy
+    aten.upsample_nearest1d aten.upsample_nearest2d aten.upsample_nearest3d aten._upsample_nearest_exact1d
+    aten._upsample_nearest_exact2d aten._upsample_nearest_exact3d aten.where aten.zeros aten.zeros_like
+    prims._low_memory_max_pool_offsets_to_indices prims._low_memory_max_pool_with_offsets prims.convert_element_type
+    prims.copy_strided prims.device_put prims.inductor_force_stride_order prims.iota prims.rev prims.view_of
+    inductor.resize_storage_bytes_ aten.set_ aten.unfold_backward aten.select_backward aten.slice_backward
+    """.split()
+)
+
+# Elementwise by what they compute, though PyTorch does not tag them so.
+_ELEMENTWISE_NAMES = frozenset(
+    """
+    aten.copysign aten.frexp aten.glu aten.ldexp aten.native_dropout_backward aten.true_divide prims.acos prims.acosh
+    prims.add prims.asin prims.asinh prims.atan prims.atan2 prims.atanh prims.bitwise_and prims.bitwise_or
+    prims.bitwise_xor prims.ceil prims.cos prims.cosh prims.div prims.eq prims.erf prims.erfc prims.exp prims.expm1
+    prims.fma prims.fmod prims.frexp prims.ge prims.gt prims.le prims.lgamma prims.log prims.log10 prims.log1p prims.lt
+    prims.ne prims.neg prims.remainder prims.sin prims.sinh prims.sqrt prims.sub prims.tan prims.tanh
+    """.split()
+)
+
+# Control flow whose bodies are graphs of their own, which the pipeline visits like any other.
+_CONTROL_FLOW = frozenset({"cond", "while_loop", "invoke_subgraph", "scan", "map_impl", "with_effects"})
+
+
+def is_exact(node: Node) -> bool:
+    """Whether every way of computing the node gives the same bits."""
+    target = node.target
+    if not isinstance(target, OpOverload):
+        return target is operator.getitem or _is_size_arithmetic(node)
+    if target is aten.index_put.default or target is aten._unsafe_index_put.default:
+        return not _flag(node, "accumulate") or _integers_only(node)
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        return False
+    return exact_by_name(target) or is_view(target) or _integers_only(node)
+
+
+def exact_by_name(target: OpOverload) -> bool:
+    """Whether the op moves, compares or selects values, whatever their dtype."""
+    return op_name(target) in _EXACT_NAMES
+
+
+def is_elementwise(node: Node) -> bool:
+    """Whether the node is computed element by element in code that Inductor generates."""
+    target = node.target
+    if not isinstance(target, OpOverload) or target not in inductor.lowerings or target in inductor.fallbacks:
+        return False
+    if torch.Tag.nondeterministic_seeded in target.tags or _touches_complex(node):
+        return False
+    name = op_name(target)
+    tagged = torch.Tag.pointwise in target.tags or name.startswith("aten._foreach_")
+    return tagged or name in _ELEMENTWISE_NAMES
+
+
+def is_control_flow(node: Node) -> bool:
+    """Whether the node runs other graphs, each of which is certified by itself."""
+    return isinstance(node.target, HigherOrderOperator) and node.target.name() in _CONTROL_FLOW
+
+
+def is_random(node: Node) -> bool:
+    """Whether the node draws random numbers, which follow an element's place in the batch."""
+    return isinstance(node.target, OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def op_name(target: Any) -> str:
+    """``aten.sum`` for ``aten.sum.dim_IntList``; the callable's own name for what is no ATen op."""
+    if isinstance(target, OpOverload):
+        return f"{target.namespace}.{target._opname}"
+    return target.name() if isinstance(target, HigherOrderOperator) else getattr(target, "__name__", str(target))
+
+
+def is_view(target: OpOverload) -> bool:
+    """Whether the op returns views of its inputs and nothing else."""
+    aliases = [result.alias_info for result in target._schema.returns]
+    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _is_size_arithmetic(node: Node) -> bool:
+    """Python arithmetic on sizes: no tensor goes in or comes out."""
+    leaves = [leaf for n in (node, *node.all_input_nodes) for leaf in tree_leaves(n.meta.get("val"))]
+    return not isinstance(node.target, HigherOrderOperator) and not any(isinstance(v, Tensor) for v in leaves)
+
+
+def _integers_only(node: Node) -> bool:
+    """Whether all tensors that go in and come out are integer or boolean, and there is one."""
+    leaves = [leaf for n in (node, *node.all_input_nodes) for leaf in tree_leaves(n.meta.get("val"))]
+    tensors = [v for v in leaves if isinstance(v, Tensor)]
+    return bool(tensors) and not any(v.is_floating_point() or v.is_complex() for v in tensors)
+
+
+def _touches_complex(node: Node) -> bool:
+    leaves = [leaf for n in (node, *node.all_input_nodes) for leaf in tree_leaves(n.meta.get("val"))]
+    return any(isinstance(v, Tensor) and v.is_complex() for v in leaves)
+
+
+def _flag(node: Node, name: str) -> bool:
+    assert isinstance(node.target, OpOverload)
+    for index, argument in enumerate(node.target._schema.arguments):
+        if argument.name == name:
+            given = node.args[index] if index < len(node.args) else node.kwargs.get(name, argument.default_value)
+            return bool(given)
+    return False

@@ -1,0 +1,57 @@
+"""The passes between AOTAutograd's graphs and Inductor, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._ops import OpOverload
+from torch.fx import Graph, GraphModule
+from torch.fx.passes.infra.pass_base import PassResult
+
+from . import lower_matmuls, lower_norms, lower_reductions, lower_scans, lower_scatters, lower_softmax
+from .certify import Certification, certify_pass
+from .rewriting import Rule
+
+PIPELINE: tuple[Callable[[GraphModule], PassResult], ...] = (
+    lower_norms.lower_norms_pass,  # before reductions: nothing that it inserts needs lowering again
+    lower_softmax.lower_softmax_pass,
+    lower_matmuls.lower_matmuls_pass,
+    lower_reductions.lower_reductions_pass,  # may look through elementwise producers, which no other pass changes
+    lower_scans.lower_scans_pass,
+    lower_scatters.lower_scatters_pass,
+)
+
+# What the passes do to one op, for bicompile.eager(), which has no graph to walk.
+RULES: dict[OpOverload, Rule] = {
+    **lower_norms.RULES,
+    **lower_softmax.RULES,
+    **lower_matmuls.RULES,
+    **lower_reductions.RULES,
+    **lower_scans.RULES,
+    **lower_scatters.RULES,
+}
+
+
+class Pipeline(CustomGraphPass):
+    """Runs ``PIPELINE``, then certifies; as an Inductor pass, on every graph and nested graph.
+
+    Args:
+        certification: what is allowed, and where the classification goes.
+        salt: everything that must change the cache key: options, sources, versions.
+    """
+
+    def __init__(self, certification: Certification, salt: str) -> None:
+        self.certification = certification
+        self.salt = salt
+
+    def __call__(self, graph: Graph) -> None:
+        gm = graph.owning_module
+        assert isinstance(gm, GraphModule)
+        for lower in PIPELINE:
+            lower(gm)
+        certify_pass(gm, self.certification)
+
+    def uuid(self) -> str:
+        """The salt.  PyTorch's own keys know neither our decompositions nor our kernels."""
+        return self.salt

@@ -1,0 +1,99 @@
+"""``bicompile.eager()``: the same lowerings without a compiler."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import bicompile
+from bicompile.testing import same_bits
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.rms = nn.LayerNorm(64), nn.RMSNorm(64)
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+        self.up, self.down = nn.Linear(64, 200), nn.Linear(200, 64)
+
+    def forward(self, x):
+        h = self.norm(x)
+        x = x + self.attention(h, h, h, need_weights=False)[0]
+        return x + self.down(F.gelu(self.up(self.rms(x)))) + F.softplus(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eager_rows_keep_their_bits_and_equal_the_compiled_ones(dtype):
+    torch.manual_seed(0)
+    block, x = Block().to(dtype).eval(), torch.randn(4, 5, 64).to(dtype)
+    with torch.no_grad(), bicompile.eager():
+        whole = block(x)
+        assert same_bits(block(x[2:3])[0], whole[2])
+        assert same_bits(block(x.flip(0)).flip(0), whole)
+    with torch.no_grad():
+        assert same_bits(torch.compile(block, backend="batch_invariant")(x), whole)
+
+
+def test_gradients_inside_the_context_are_covered():
+    torch.manual_seed(0)
+    block, x = Block(), torch.randn(4, 5, 64)
+    with bicompile.eager():
+        whole = x.clone().requires_grad_()
+        block(whole).backward(torch.ones_like(x))
+        alone = x[1:2].clone().requires_grad_()
+        block(alone).backward(torch.ones_like(alone))
+    assert same_bits(alone.grad[0], whole.grad[1])
+
+
+def test_in_place_and_out_forms_are_covered():
+    x = torch.randn(3, 200)
+    with bicompile.eager():
+        out = torch.empty(3)
+        torch.sum(x, -1, out=out)
+        assert same_bits(out, x.sum(-1))
+        y = x.clone().exp_()
+        assert same_bits(y, x.exp())
+        z = torch.zeros(3, 4).addmm_(x, torch.ones(200, 4))
+        assert same_bits(z, x @ torch.ones(200, 4))
+
+
+def test_unproven_op_is_refused_unless_allowed():
+    x = torch.randn(4, 3, 3)
+    with bicompile.eager(), pytest.raises(bicompile.UnsupportedOpError, match="_linalg_svd"):
+        torch.linalg.svdvals(x)
+    with bicompile.eager(allow=["aten._linalg_svd"]):
+        torch.linalg.svdvals(x)
+    with bicompile.eager(on_refused="warn"), pytest.warns(UserWarning, match="_linalg_svd"):
+        torch.linalg.svdvals(x)
+
+
+def test_everything_is_restored_after_an_exception_and_nesting():
+    """Trap 24."""
+    x = torch.randn(5, 300)
+    stock = torch.logsumexp(x, -1)
+    with pytest.raises(ZeroDivisionError), bicompile.eager(), bicompile.eager():
+        1 / 0  # noqa: B018
+    assert same_bits(torch.logsumexp(x, -1), stock)
+    torch.linalg.svdvals(torch.eye(3))  # refused inside, fine outside
+    with bicompile.eager():
+        with bicompile.eager():
+            inner = x.softmax(-1)
+        assert same_bits(x.softmax(-1), inner)
+
+
+def test_other_threads_are_not_touched():
+    outcome = []
+
+    def work():
+        torch.linalg.svdvals(torch.eye(3))  # would be refused under the context
+        outcome.append(True)
+
+    with bicompile.eager():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert outcome == [True]

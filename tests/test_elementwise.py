@@ -1,0 +1,415 @@
+"""Elementwise functions: the same bits in vector and scalar code, compiled and eager, and close to the truth."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._inductor.codegen import cpp
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+from bicompile.errors import UnsupportedOpError
+from bicompile.lowering import native
+from bicompile.lowering.elementwise import codegen_cpu
+from bicompile.lowering.elementwise.codegen_cpu import materialise_headers, pinned_cpu_codegen, signature
+from bicompile.lowering.elementwise.op import PINNED_BINARY, PINNED_UNARY
+from bicompile.testing import same_bits
+
+_SETTINGS = {
+    "emulate_precision_casts": True,
+    "eager_numerics.division_rounding": True,
+    "pattern_matcher": False,
+    "joint_graph_constant_folding": False,
+    "fallback_random": True,
+}
+_OURS = "exp exp2 expm1 log log2 log10 log1p sigmoid tanh erf sin cos rsqrt".split()
+_LIBM = sorted(set(PINNED_UNARY.values()) - set(_OURS))
+_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+_SPECIAL = (0.0, -0.0, math.inf, -math.inf, math.nan, 1e-42, -1e-42, 3e38, 88.5, -88.5, -104.0, 1.0, -1.0, 0.5, 2.0, 2e5, 1e7)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernels() -> None:
+    native.load()
+
+
+def _inductor(*, pinned: bool = True, **settings: Any) -> Callable[..., Any]:
+    """Stock Inductor as a backend, with or without our functions."""
+
+    def inner(gm: Any, inputs: Any, **options: Any) -> Any:
+        if not pinned:
+            return compile_fx_inner(gm, inputs, **options)
+        with pinned_cpu_codegen():
+            return compile_fx_inner(gm, inputs, **options)
+
+    return lambda gm, inputs: compile_fx(gm, inputs, inner_compile=inner, config_patches={**_SETTINGS, **settings})
+
+
+def _compiled(fn: Callable[..., Any], backend: Callable[..., Any], dynamic: bool = False) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return torch.compile(lambda *args: fn(*args), backend=backend, dynamic=dynamic)
+
+
+def _torch_function(name: str) -> Callable[[Tensor], Tensor]:
+    return next(op for op, known in PINNED_UNARY.items() if known == name)
+
+
+def _each_of(names: Sequence[str]) -> Callable[..., list[list[Tensor]]]:
+    return lambda *xs: [[_torch_function(name)(x) for name in names] for x in xs]
+
+
+def _unary(x: Tensor, name: str) -> Tensor:
+    return torch.ops.bicompile.unary(x, name)
+
+
+def _data(dtype: torch.dtype, count: int = 1000) -> Tensor:
+    """Numbers over many binades, special values among them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, dtype=torch.float64, generator=generator)
+    x = x * torch.exp2(torch.randint(-20, 7, (count,), generator=generator).double())
+    x[: len(_SPECIAL)] = torch.tensor(_SPECIAL, dtype=torch.float64)
+    return x[torch.randperm(count, generator=generator)].to(dtype)
+
+
+def _assert_as_in_eager(names: Sequence[str], xs: Sequence[Tensor], results: Sequence[Sequence[Tensor]]) -> None:
+    for x, outputs in zip(xs, results, strict=True):
+        for name, output in zip(names, outputs, strict=True):
+            assert same_bits(output, _unary(x, name)), f"{name} of {tuple(x.shape)}, {x.dtype}"
+
+
+# --- compiled code ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
+def test_our_functions_have_one_set_of_bits_at_every_static_size(dtype: torch.dtype) -> None:
+    x = _data(dtype)
+    sizes = (1, 2, 15, 16, 17, 31) if dtype == torch.float32 else (1, 17)
+    xs = [x[5 : 5 + n] for n in sizes] + [x]
+    results = _compiled(_each_of(_OURS), _inductor())(*xs)
+    _assert_as_in_eager(_OURS, xs, results)
+    for name in _OURS:
+        whole = _unary(x, name)
+        assert all(same_bits(_unary(part, name), whole[5 : 5 + len(part)]) for part in xs[:-1]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_functions_of_libm_have_one_set_of_bits_at_every_static_size(dtype: torch.dtype) -> None:
+    x = _data(dtype)
+    xs = [x[5:6], x[5:22], x]
+    _assert_as_in_eager(_LIBM, xs, _compiled(_each_of(_LIBM), _inductor())(*xs))
+
+
+def test_dynamic_shapes_have_the_bits_of_static_ones() -> None:
+    x = _data(torch.float32)
+    compiled = _compiled(_each_of(_OURS), _inductor(), dynamic=True)
+    for n in (1000, 2, 15, 16, 17, 31, 40):
+        _assert_as_in_eager(_OURS, [x[5 : 5 + n]], compiled(x[5 : 5 + n]))
+
+
+def _chain(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gate = torch.sigmoid(x) * y
+    return gate, torch.exp(-gate.abs()) + x, torch.tanh(gate) * torch.log1p(y.abs())
+
+
+def _chain_op_by_op(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gate = _unary(x, "sigmoid") * y
+    return gate, _unary(-gate.abs(), "exp") + x, _unary(gate, "tanh") * _unary(y.abs(), "log1p")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fusion_and_layout_do_not_show(dtype: torch.dtype) -> None:
+    x = torch.randn(37, 50).to(dtype)
+    y = torch.randn(37, 50).to(dtype)
+    layouts: list[Callable[[Tensor], Tensor]] = [
+        lambda t: t,
+        lambda t: t.t(),
+        lambda t: t[:, ::3],
+        lambda t: t[3:4, 7:8],
+        lambda t: t[:, :1],
+    ]
+    pairs = [(view(x), view(y).contiguous()) for view in layouts]
+    fused = _compiled(lambda *ps: [_chain(*p) for p in ps], _inductor())(*pairs)
+    for pair, result in zip(pairs, fused, strict=True):
+        assert same_bits(result, _chain_op_by_op(*pair))
+
+
+def test_stock_inductor_gives_one_element_other_bits() -> None:
+    x = _data(torch.float32)
+    fns = [torch.exp, torch.tanh, torch.sigmoid]
+    x = x[x.isfinite()][:400]
+    whole = _compiled(lambda t: [f(t) for f in fns], _inductor(pinned=False))(x)
+    scalar = _compiled(lambda t: [f(t) for f in fns], _inductor(pinned=False, **{"cpp.simdlen": 1}))(x)
+    assert not any(same_bits(a, b) for a, b in zip(whole, scalar, strict=True))
+
+
+def test_compositions_agree_in_vector_and_scalar_code() -> None:
+    fns: list[Callable[[Tensor], Tensor]] = [
+        F.silu,
+        F.gelu,
+        lambda t: F.gelu(t, approximate="tanh"),
+        F.softplus,
+        F.mish,
+        F.elu,
+        F.logsigmoid,
+        torch.logit,
+        torch.erfinv,
+        torch.digamma,
+        torch.special.i0,
+        torch.special.ndtri,
+        lambda t: torch.polygamma(1, t.abs() + 0.2),
+        lambda t: torch.pow(t.abs(), 1.7),
+        lambda t: torch.pow(1.3, t),
+        lambda t: torch.atan2(t, t + 1),
+        lambda t: torch.logaddexp(t, t + 1),
+        lambda t: torch.special.igamma(t.abs() + 0.1, t.abs()),
+    ]
+    x = torch.cat([torch.randn(300) * 3, torch.randn(97) * 0.05])
+    vector = _compiled(lambda t: [f(t) for f in fns], _inductor())(x)
+    scalar = _compiled(lambda t: [f(t) for f in fns], _inductor(**{"cpp.simdlen": 1}))(x)
+    assert [i for i in range(len(fns)) if not same_bits(vector[i], scalar[i])] == []
+
+
+_EXACT_UNARY: dict[str, Callable[[Tensor], Tensor]] = {
+    **{f.__name__: f for f in (torch.abs, torch.neg, torch.sqrt, torch.reciprocal, torch.floor, torch.ceil, torch.trunc)},
+    **{f.__name__: f for f in (torch.round, torch.frac, torch.sign, torch.signbit, torch.isnan, torch.isinf, torch.relu)},
+    "clamp": lambda t: t.clamp(-1, 1),
+    "cube": lambda t: t**3,
+    "divide by a number": lambda t: t / 3.0,
+    "multiply, then add": lambda t: t * 0.1 + 0.3,
+    "round to bfloat16": lambda t: t.bfloat16(),
+    "round to float16": lambda t: t.half(),
+    "round to bfloat16 and back": lambda t: t.bfloat16().float(),
+    "where": lambda t: torch.where(t > 0, t, -t),
+    **{f"to {d}": (lambda t, d=d: t.to(d)) for d in (torch.int8, torch.uint8, torch.int32, torch.int64, torch.float64)},
+}
+_EXACT_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    **{f.__name__: f for f in (torch.sub, torch.div, torch.maximum, torch.minimum, torch.copysign, torch.fmod)},
+    **{f.__name__: f for f in (torch.remainder, torch.eq, torch.ne, torch.lt, torch.ge, torch.nextafter, torch.floor_divide)},
+    "masked fill": lambda a, b: a.masked_fill(b > 0, -math.inf),
+}
+
+
+def test_exact_operations_agree_in_vector_and_scalar_code_on_special_values() -> None:
+    values = [v for x in (*_SPECIAL, 1.5, 2.5, 0.3, 127.0, 256.0, 65520.0, 2.0**31, 1e19, 1e-8, 1 / 3) for v in (x, -x)]
+    s = torch.tensor(values)
+    s = torch.cat([s, torch.tensor([0x7FC00001, -1, 0xFFC00000 - 2**32], dtype=torch.int32).view(torch.float32)])
+    a, b = s.repeat_interleave(len(s)), s.repeat(len(s))
+
+    def every(t: Tensor, a: Tensor, b: Tensor) -> list[Tensor]:
+        return [f(t) for f in _EXACT_UNARY.values()] + [f(a, b) for f in _EXACT_BINARY.values()]
+
+    vector = _compiled(every, _inductor())(s, a, b)
+    scalar = _compiled(every, _inductor(**{"cpp.simdlen": 1}))(s, a, b)
+    names = [*_EXACT_UNARY, *_EXACT_BINARY]
+    assert [n for n, v, w in zip(names, vector, scalar, strict=True) if not same_bits(v, w)] == []
+
+
+# --- eager code -------------------------------------------------------------------------------------------------------
+
+
+def _ulps(name: str, x: Tensor) -> Tensor:
+    """The error of the float32 function in units of the last place of the result, against float64 libm."""
+    got = _unary(x, name)
+    truth = _torch_function(name)(x.double())
+    rounded = truth.float()
+    assert torch.equal(got.isnan(), rounded.isnan()), name
+    edge = (truth.abs() > torch.finfo(torch.float32).max) | (got.isinf() & (rounded.abs() > 3.4e38))
+    _, exponent = torch.frexp(truth)
+    ulp = torch.exp2((exponent - 24).clamp(min=-149).double())
+    error = (got.double() - truth).abs() / ulp
+    return torch.where(edge | rounded.isnan() | (got == rounded), torch.zeros_like(error), error)
+
+
+# Errors seen over all binades, rounded up.
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [("exp", 1.0), ("exp2", 1.0), ("expm1", 1.6), ("log", 1.0), ("log2", 1.4), ("log10", 1.0), ("log1p", 1.5)]
+    + [("sigmoid", 2.2), ("tanh", 2.4), ("erf", 1.0), ("sin", 1.6), ("cos", 1.6), ("rsqrt", 1.5)],
+)
+def test_our_functions_are_accurate_in_every_binade(name: str, bound: float) -> None:
+    bits = torch.arange(-(2**31), 2**31, 20011, dtype=torch.int64).to(torch.int32)
+    x = torch.cat([bits.view(torch.float32), torch.linspace(-20, 20, 50001), torch.linspace(0.5, 2, 20001)])
+    assert float(_ulps(name, x).max()) <= bound
+
+
+@pytest.mark.parametrize("name", ["exp", "log", "sigmoid"])
+def test_our_double_functions_are_accurate(name: str) -> None:
+    x = torch.randn(20000, dtype=torch.float64) * torch.exp2(torch.randint(-30, 8, (20000,)).double())
+    got, libm = _unary(x, name), _torch_function(name)(x)
+    error = ((got - libm).abs() / libm.abs().clamp(min=5e-324))[libm.isfinite() & (libm != 0) & (libm.abs() > 1e-300)]
+    assert float(error.max()) <= 4 * 2.0**-53 * 2
+    assert torch.equal(got.isnan(), libm.isnan())
+
+
+def test_special_values_are_what_ieee_754_says() -> None:
+    inf, nan = math.inf, math.nan
+    for name, pairs in {
+        "exp": [(-inf, 0.0), (inf, inf), (0.0, 1.0), (-0.0, 1.0), (89.0, inf), (-104.0, 0.0), (nan, nan)],
+        "exp2": [(-149.0, 2.0**-149), (10.0, 1024.0), (128.0, inf), (-126.0, 2.0**-126)],
+        "expm1": [(-0.0, -0.0), (-inf, -1.0), (inf, inf), (1e-45, 1e-45)],
+        "log": [(0.0, -inf), (-0.0, -inf), (inf, inf), (-1.0, nan), (1.0, 0.0), (nan, nan)],
+        "log2": [(8.0, 3.0), (2.0**-149, -149.0), (0.0, -inf)],
+        "log1p": [(-0.0, -0.0), (-1.0, -inf), (-2.0, nan), (inf, inf), (1e-45, 1e-45)],
+        "sigmoid": [(-inf, 0.0), (inf, 1.0), (0.0, 0.5)],
+        "tanh": [(-0.0, -0.0), (inf, 1.0), (-inf, -1.0), (1e-45, 1e-45), (nan, nan)],
+        "erf": [(-0.0, -0.0), (inf, 1.0), (-inf, -1.0)],
+        "sin": [(-0.0, -0.0), (inf, nan)],
+        "cos": [(0.0, 1.0), (-inf, nan)],
+    }.items():
+        x, y = (torch.tensor(column) for column in zip(*pairs, strict=True))
+        assert same_bits(_unary(x, name), y), f"{name}: {_unary(x, name).tolist()}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precisions_are_rounded_once(dtype: torch.dtype) -> None:
+    x = torch.randn(333).to(dtype)
+    for name in _OURS:
+        assert same_bits(_unary(x, name), _unary(_unary(x.float(), name), "exp").mul(0).add(_unary(x.float(), name)).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
+def test_strides_do_not_show_and_dense_ones_are_kept(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 6, 700).to(dtype)
+    want = _unary(x, "exp")
+    for view in (lambda t: t.transpose(0, 2), lambda t: t[:, ::2, 3:], lambda t: t[2:3, :, :1].expand(4, 6, 5)):
+        assert same_bits(_unary(view(x), "exp"), view(want).contiguous())
+    assert _unary(x.transpose(0, 2), "exp").stride() == x.transpose(0, 2).stride()
+    assert _unary(x[:, ::2], "exp").is_contiguous()
+    assert _unary(x[:0], "exp").shape == (0, 6, 700)
+    assert _unary(x[0, 0, 0], "exp").shape == ()
+
+
+def test_binary_functions_have_the_bits_of_compiled_ones() -> None:
+    x, y = _data(torch.float32), _data(torch.float32).flip(0)
+    ops = {name: op for op, name in PINNED_BINARY.items() if op not in _BY_NUMBER}
+    for slice_ in (slice(None), slice(7, 8)):
+        a, b = x[slice_], y[slice_]
+        results = _compiled(lambda a, b: [op(a, b) for op in ops.values()], _inductor())(a, b)
+        for name, result in zip(ops, results, strict=True):
+            assert same_bits(result, torch.ops.bicompile.binary(a, b, name)), name
+
+
+_BY_NUMBER = {op for op in PINNED_BINARY if "Scalar" in op._overloadname}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_powers_by_numbers_have_the_bits_of_compiled_ones(dtype: torch.dtype) -> None:
+    x = torch.randn(200).abs().to(dtype)
+    exponents = (0.5, 3, -2, 5.0, 1.7, -0.3, 31, 40)
+    results = _compiled(lambda x: [x**n for n in exponents] + [2.0**x, 1.3**x], _inductor())(x)
+    for n, result in zip(exponents, results, strict=False):
+        number = torch.tensor(float(n)).expand(200)
+        assert same_bits(result, torch.ops.bicompile.binary(x, number, "pow_by_number")), n
+    for base, result in zip((2.0, 1.3), results[len(exponents) :], strict=True):
+        assert same_bits(result, torch.ops.bicompile.binary(torch.tensor(base).expand(200), x, "pow_of_number")), base
+
+
+def test_bits_are_the_same_on_every_instruction_set() -> None:
+    prints = [subprocess.Popen(_on(isa), stdout=subprocess.PIPE, text=True, env=_env(isa)) for isa in ("avx2", "scalar")]
+    outputs = {p.communicate()[0].split()[-1] for p in prints}
+    assert outputs == {_digest()}
+
+
+def _on(isa: str) -> list[str]:
+    code = "import tests.test_elementwise as t; t._build_alone(); print(t._digest())"
+    return [sys.executable, "-c", code]
+
+
+def _env(isa: str) -> dict[str, str]:
+    return {**os.environ, "BICOMPILE_ISA": isa, "PYTHONPATH": os.pathsep.join(["."] + sys.path)}
+
+
+def _build_alone() -> None:
+    """Compile these kernels only: the whole library takes minutes."""
+    source = native.build.sources()
+    native.build.sources = lambda: [s for s in source if s.parent.name == "elementwise"]  # type: ignore[attr-defined]
+    native.load()
+
+
+def _digest() -> str:
+    import hashlib
+
+    key = hashlib.sha256()
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for name in (*_OURS, "erfc", "tan"):
+            y = _unary(_data(dtype), name)
+            key.update(y.view(torch.uint8).numpy().tobytes())
+    return key.hexdigest()
+
+
+@pytest.mark.parametrize("call", [("unary", (3, 4), "exp"), ("binary", (3, 4), "pow")], ids=lambda c: c[0])
+def test_ops_pass_opcheck(call: tuple[str, tuple[int, ...], str]) -> None:
+    op, shape, name = call
+    tensors = [torch.rand(shape) for _ in range(1 if op == "unary" else 2)]
+    torch.library.opcheck(getattr(torch.ops.bicompile, op).default, (*tensors, name))
+
+
+def test_bad_arguments_are_explained() -> None:
+    x = torch.ones(3)
+    with pytest.raises(RuntimeError, match="expected name to be one of exp"):
+        _unary(x, "gelu")
+    with pytest.raises(RuntimeError, match="expected float32"):
+        _unary(x.int(), "exp")
+    with pytest.raises(RuntimeError, match="one shape"):
+        torch.ops.bicompile.binary(x, x[:2], "pow")
+    with pytest.raises(RuntimeError, match="one dtype"):
+        torch.ops.bicompile.binary(x, x.double(), "pow")
+
+
+# --- the patches ------------------------------------------------------------------------------------------------------
+
+_PATCHED = (cpp.CppOverrides, cpp.CppVecOverrides, cpp.CppTile2DOverrides, cpp.CppKernel, cpp.CppVecKernel, cpp.KernelGroup)
+
+
+def test_trap_24_patches_are_undone_after_nesting_and_exceptions() -> None:
+    before = [dict(vars(c)) for c in _PATCHED]
+    with pytest.raises(KeyError), pinned_cpu_codegen(), pinned_cpu_codegen():
+        assert cpp.CppVecOverrides.exp("x") == cpp.CppOverrides.exp("x") == "bicompile::inductor::exp(x)"
+        raise KeyError
+    assert [dict(vars(c)) for c in _PATCHED] == before
+    with pinned_cpu_codegen():
+        with pinned_cpu_codegen():
+            pass
+        assert "bicompile" in cpp.CppOverrides.tanh("x")
+    assert [dict(vars(c)) for c in _PATCHED] == before
+
+
+def test_unknown_functions_are_refused_by_name() -> None:
+    with pinned_cpu_codegen():
+        for owner in (cpp.CppOverrides, cpp.CppVecOverrides):
+            with pytest.raises(UnsupportedOpError, match=r"ops\.rand:"):
+                owner.rand("seed", "offset")
+
+
+def test_a_function_new_to_inductor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp.CppOverrides, "wobble", staticmethod(lambda x: f"wobble({x})"), raising=False)
+    with pinned_cpu_codegen(), pytest.raises(UnsupportedOpError, match=r"ops\.wobble:"):
+        cpp.CppVecOverrides.wobble("x")
+
+
+def test_a_torch_that_lacks_what_we_patch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(cpp.KernelGroup, "codegen_group")
+    before = dict(vars(cpp.CppOverrides))
+    with pytest.raises(codegen_cpu.CodegenError, match="codegen_group is missing"), pinned_cpu_codegen():
+        pass
+    assert dict(vars(cpp.CppOverrides)) == before
+
+
+def test_headers_are_put_back_if_lost(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = signature()
+    monkeypatch.setenv("BICOMPILE_CACHE_DIR", str(tmp_path))
+    header = materialise_headers()
+    assert header == materialise_headers()
+    assert header.is_file() and tmp_path in header.parents
+    shutil.rmtree(header.parent)
+    assert materialise_headers().is_file()
+    assert signature() != here  # cached kernels name the other place

@@ -1,0 +1,96 @@
+"""Certificates: classes, cross-batch sums found through the batch symbol, refusals listed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import bicompile
+
+
+def _cross_batch_ops(fn, *args):
+    return {node.op.removeprefix("bicompile.").removesuffix(".default") for node in bicompile.explain(fn, *args).cross_batch}
+
+
+LINEAR = nn.Linear(32, 16)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: LINEAR(x).softmax(-1),
+        lambda x: (x.reshape(-1, 32) @ LINEAR.weight.detach().T).view(x.shape[0], 5, 16),
+        lambda x: x.cumsum(1),
+        lambda x: x.amax((1, 2)),
+        lambda x: F.layer_norm(x, (32,)),
+        lambda x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None]),
+        nn.BatchNorm1d(5).eval(),
+    ],
+    ids=["linear-softmax", "flattened", "scan", "max", "norm", "attention", "batch-norm-eval"],
+)
+@pytest.mark.parametrize("rows", [1, 6])
+def test_what_stays_inside_a_row_is_not_cross_batch(fn, rows):
+    with torch.no_grad():
+        certificate = bicompile.explain(fn, torch.randn(rows, 5, 32))
+    assert certificate.ok and certificate.batch_is_symbolic
+    assert not certificate.cross_batch
+    assert {node.kind for node in certificate.nodes} <= {"lowered", "exact", "elementwise"}
+
+
+@pytest.mark.parametrize(
+    ("fn", "op"),
+    [
+        (lambda x: x - x.mean(0), "mean"),
+        (lambda x: x.reshape(-1).sum(), "sum"),
+        (lambda x: (x[:, 0] @ x[:, 0].T).softmax(-1), "softmax"),
+        (nn.BatchNorm1d(5).train(), "var"),
+        (lambda x: x.cumsum(0), "cumsum"),
+        (lambda x: torch.zeros(3, 32).index_add(0, torch.arange(x.shape[0]) % 3, x[:, 0]), "index_add"),
+    ],
+)
+def test_what_crosses_the_batch_is_named(fn, op):
+    with torch.no_grad():
+        assert op in _cross_batch_ops(fn, torch.randn(6, 5, 32))
+
+
+def test_backward_lists_weight_gradients_and_nothing_else():
+    certificate = bicompile.explain(LINEAR, torch.randn(6, 5, 32, requires_grad=True))
+    assert certificate.ok
+    shapes = {node.shape for node in certificate.cross_batch}
+    assert shapes and all("[16" in shape or "[1, 16" in shape for shape in shapes)
+    assert LINEAR.weight.grad is None
+
+
+def test_refusals_are_listed_with_reason_and_line_and_not_raised():
+    certificate = bicompile.explain(lambda x: torch.linalg.svdvals(x), torch.randn(4, 3, 3))
+    assert not certificate.ok
+    (node,) = certificate.refused
+    assert node.op.startswith("aten._linalg_svd") and node.reason and "test_explain.py" in node.source
+    assert "NOT proven" in str(certificate) and "_linalg_svd" in str(certificate)
+
+
+def test_graph_breaks_are_named():
+    def broken(x):
+        y = x.sum(-1)
+        torch._dynamo.graph_break()
+        return y * 2
+
+    certificate = bicompile.explain(broken, torch.randn(3, 4))
+    assert certificate.graph_breaks and not certificate.ok
+
+
+def test_json_holds_what_the_table_shows():
+    certificate = bicompile.explain(LINEAR, torch.randn(6, 5, 32))
+    found = json.loads(certificate.to_json())
+    assert found["ok"] is True
+    assert found["counts"]["lowered"] == len(certificate.lowered)
+    assert {"name", "op", "kind", "shape", "dtype", "order", "reason", "source"} == set(found["nodes"][0])
+
+
+def test_compiled_functions_can_be_explained_too():
+    compiled = torch.compile(LINEAR, backend="batch_invariant")
+    assert bicompile.explain(compiled, torch.randn(3, 5, 32)).lowered

@@ -1,0 +1,191 @@
+"""Models keep a row's bits under ``batch_invariant``: alone, in any batch, permuted, among NaN rows, statically and
+dynamically compiled, forward and input gradient.  Prefill is decode, and left padding is invisible.
+
+Compiling dominates the time, so every test makes few graphs.  ``-k llama`` or ``-k vit`` selects a model.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model_zoo import MODELS, TOKENS, VOCABULARY, Model, llama
+from torch import Tensor, nn
+
+from bicompile.errors import BatchInvarianceError
+from bicompile.testing import assert_batch_invariant, same_bits
+
+pytest.importorskip("transformers")
+
+# Sizes 4, 1 and 2 in this order make a static graph, the graph of one row, and a dynamic graph.
+COMPANY = ("again", "permuted", "nan", "alone", "sub-batch", "duplicated", "offset")
+
+
+def compile_it(module: nn.Module, dynamic: bool | None = None) -> nn.Module:
+    return torch.compile(module, backend="batch_invariant", dynamic=dynamic)
+
+
+def output_and_grad(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The output, and the gradient that flows into ``x`` from a cotangent that is the same for every row."""
+    x = x.clone().requires_grad_()
+    y = module(x)
+    cotangent = torch.linspace(-1, 1, y[0].numel()).reshape(y.shape[1:]).to(y.dtype)
+    (grad,) = torch.autograd.grad(y, x, cotangent.expand_as(y))
+    return y.detach(), grad
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_rows_keep_their_bits_forward_and_backward(model: Model):
+    compiled = compile_it(model.module(torch.float32))
+    assert_batch_invariant(compiled, model.rows(4, torch.float32), check_input_grad=True, situations=COMPANY)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_rows_keep_their_bits_in_bfloat16(model: Model):
+    compiled = compile_it(model.module(torch.bfloat16))
+    with torch.no_grad():
+        assert_batch_invariant(compiled, model.rows(4, torch.bfloat16), situations=COMPANY)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_rows_keep_their_bits_in_other_dtypes_backward_too(dtype: torch.dtype):
+    model = MODELS["ordinary"]
+    compiled = compile_it(model.module(dtype))
+    assert_batch_invariant(compiled, model.rows(3, dtype), check_input_grad=True, situations=["again", "nan", "alone"])
+
+
+@pytest.mark.parametrize("model", [MODELS["ordinary"], MODELS["llama"], MODELS["encoder"]], ids=lambda m: m.name)
+def test_static_and_dynamic_graphs_give_the_same_bits(model: Model):
+    module, x = model.module(torch.float32), model.rows(3, torch.float32)
+    static = output_and_grad(compile_it(module, dynamic=False), x)
+    torch._dynamo.reset()
+    dynamic = compile_it(module, dynamic=True)
+    assert same_bits(output_and_grad(dynamic, x), static)
+    for rows in (slice(1, 3), slice(2, 3)):
+        assert same_bits(output_and_grad(dynamic, x[rows]), tuple(part[rows] for part in static))
+
+
+def test_layouts_of_the_input_do_not_matter():
+    model = MODELS["ordinary"]
+    compiled = compile_it(model.module(torch.float32))
+    with torch.no_grad():
+        assert_batch_invariant(compiled, model.rows(3, torch.float32), situations=["strided", "transposed", "offset"])
+
+
+def test_weights_that_train_leave_rows_alone():
+    model = MODELS["ordinary"]
+    compiled = compile_it(model.module(torch.float32).requires_grad_(True).train())
+    situations = ["again", "permuted", "nan", "alone"]
+    assert_batch_invariant(compiled, model.rows(3, torch.float32), check_input_grad=True, situations=situations)
+
+
+def test_the_same_checks_catch_stock_eager():
+    model = MODELS["llama"]
+    with pytest.raises(BatchInvarianceError):
+        assert_batch_invariant(model.module(torch.float32), model.rows(4, torch.float32), situations=COMPANY)
+
+
+# Masks travel with their rows, and padding is not seen.
+
+
+def _mask(valid: list[int], total: int, side: str) -> Tensor:
+    """``[rows, total]`` of ones where a token is, padded with zeros on one side."""
+    positions = torch.arange(total)
+    rows = [positions >= total - n if side == "left" else positions < n for n in valid]
+    return torch.stack(rows).long()
+
+
+def test_bert_rows_keep_their_bits_with_their_padding_masks():
+    model = MODELS["bert"]
+    compiled = compile_it(model.module(torch.float32))
+    mask = _mask([7, 3, 5, 1], TOKENS, "right")
+    with torch.no_grad():
+        assert_batch_invariant(
+            compiled, model.rows(4, torch.float32), attention_mask=mask, situations=["permuted", "nan", "alone"]
+        )
+
+
+def test_bert_does_not_see_right_padding():
+    model = MODELS["bert"]
+    compiled = compile_it(model.module(torch.float32), dynamic=True)
+    x = model.rows(3, torch.float32)
+    with torch.no_grad():
+        whole = compiled(x, attention_mask=_mask([4, 4, 4], 7, "right"))
+        short = compiled(x[:, :5], attention_mask=_mask([4, 4, 4], 5, "right"))
+    assert same_bits(whole[:, :4], short[:, :4])
+
+
+def test_encoder_rows_keep_their_bits_with_their_padding_masks():
+    model = MODELS["encoder"]
+    compiled = compile_it(model.module(torch.float32))
+    mask = _mask([7, 3, 5], TOKENS, "right") == 0
+    with torch.no_grad():
+        assert_batch_invariant(
+            compiled, model.rows(3, torch.float32), src_key_padding_mask=mask, situations=["permuted", "nan", "alone"]
+        )
+
+
+# Generation: left padding, and prefill against decode over a prompt that crosses a block of 192 keys.
+
+PROMPT = 200
+
+
+def _tokens(num_rows: int, length: int) -> Tensor:
+    return torch.randint(0, VOCABULARY, (num_rows, length), generator=torch.Generator().manual_seed(2))
+
+
+def _left_padded(ids: Tensor, padding: int) -> dict[str, Tensor]:
+    mask = torch.cat([ids.new_zeros(len(ids), padding), torch.ones_like(ids)], dim=1)
+    return {
+        "input_ids": torch.cat([ids.new_zeros(len(ids), padding), ids], dim=1),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_llama_does_not_see_left_padding(dtype: torch.dtype):
+    model = Model("llama", llama).module(dtype)
+    compiled = compile_it(model, dynamic=True)
+    ids = _tokens(2, PROMPT)
+    with torch.no_grad():
+        plain = compiled(**_left_padded(ids, 0)).logits
+        for padding in (1, 3, 40):
+            assert same_bits(compiled(**_left_padded(ids, padding)).logits[:, padding:], plain), f"{padding=}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_llama_prefills_as_it_decodes(dtype: torch.dtype):
+    from transformers import DynamicCache
+
+    model = Model("llama", llama).module(dtype)
+    compiled = compile_it(model, dynamic=True)
+    batch = _left_padded(_tokens(2, PROMPT), 3)
+    length = batch["input_ids"].shape[1]
+
+    def run(start: int, end: int, cache: DynamicCache) -> Tensor:
+        part = {"input_ids": batch["input_ids"][:, start:end], "position_ids": batch["position_ids"][:, start:end]}
+        mask = batch["attention_mask"][:, :end]
+        return compiled(**part, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+
+    with torch.no_grad():
+        prefill = run(0, length, DynamicCache())
+        cache = DynamicCache()
+        chunks = [run(0, 150, cache), run(150, length - 4, cache)]
+        steps = [run(i, i + 1, cache) for i in range(length - 4, length)]
+    assert same_bits(torch.cat([*chunks, *steps], dim=1)[:, 3:], prefill[:, 3:])
+
+
+def test_llama_generates_the_same_tokens_in_any_batch():
+    module = Model("llama", llama).module(torch.float32)
+    module.forward = torch.compile(module.forward, backend="batch_invariant", dynamic=True)
+    ids = _tokens(3, 12)
+
+    def complete(rows: Tensor, padding: int) -> Tensor:
+        batch = _left_padded(rows, padding)
+        del batch["position_ids"]
+        settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "use_cache": True}
+        return module.generate(**batch, **settings)[:, padding + 12 :]
+
+    together = complete(ids, 0)
+    assert same_bits(complete(ids[1:2], 3), together[1:2])
+    assert same_bits(complete(ids[[2, 0]], 1), together[[2, 0]])

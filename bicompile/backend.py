@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from .config import Options, cache_salt, parse_options, pinned_settings
 from .decompositions import decomposition_table
+from .errors import raising_through_dynamo
 from .interception import intercept_attention
 from .lowering import native
 from .lowering.elementwise.codegen_cpu import materialise_headers, pinned_cpu_codegen
@@ -43,10 +44,11 @@ def batch_invariant(
         UnsupportedOpError: the graph holds an op that is not proven and not allowed.
         NativeBuildError: the CPU kernels cannot be built.
     """
-    _refuse_silent_eager()
-    parsed = parse_options(mode, options)
-    certification = Certification(parsed.allow, parsed.on_refused)
-    return compile_graph(gm, example_inputs, parsed, certification, inner_compile=_inner_compile)
+    with raising_through_dynamo():
+        _refuse_silent_eager()
+        parsed = parse_options(mode, options)
+        certification = Certification(parsed.allow, parsed.on_refused)
+        return compile_graph(gm, example_inputs, parsed, certification, inner_compile=_inner_compile)
 
 
 def reset() -> None:

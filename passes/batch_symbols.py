@@ -52,15 +52,20 @@ def _shape(node: Node) -> torch.Size:
     return val.shape
 
 
+def _operand(args: dict[str, Any]) -> torch.Size:
+    """The shape of the tensor that is reduced, which is the op's first."""
+    return _shape(next(iter(args.values())))
+
+
 def _over_dims(args: dict[str, Any]) -> list[Any]:
-    shape = _shape(args.get("x") or args["self"])
+    shape = _operand(args)
     dim = args.get("dim")
     dims = [dim] if isinstance(dim, int) else list(dim or range(len(shape)))
-    return [shape[d] for d in dims]
+    return [shape[d] for d in dims] if len(shape) else []
 
 
 def _last_dim(args: dict[str, Any]) -> list[Any]:
-    return [_shape(args.get("x") or args["self"])[-1 if args.get("dim") is None else args["dim"]]]
+    return [_operand(args)[-1 if args.get("dim") is None else args["dim"]]]
 
 
 def _inner(args: dict[str, Any]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -147,7 +148,7 @@ def test_encoder_layer_has_the_same_bits_on_its_fused_path(training):
 
 
 _SECOND_PROCESS = """
-    import json, torch
+    import json, torch, bicompile
     from torch._dynamo.utils import counters
     torch.manual_seed(0)
     weight = torch.randn(96, 200)
@@ -168,8 +169,6 @@ _SECOND_PROCESS = """
 def _run(tmp_path, grad=False, options=None, preamble=""):
     code = preamble + textwrap.dedent(_SECOND_PROCESS).format(grad=grad, options=options or {})
     env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    import os
-
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env})
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -55,7 +55,7 @@ def compare(subject: Any, plan: Any) -> Any:
     from tqdm import tqdm
 
     from .report import Result
-    from .sharing import one_graph_for_every_size, share_layers
+    from .sharing import independent_sizes, share_layers
     from .trials import Asker, Row, measure, steps
 
     compiler = functools.partial(torch.compile, backend="batch_invariant", dynamic=True, fullgraph=True)
@@ -70,7 +70,7 @@ def compare(subject: Any, plan: Any) -> Any:
             bar.set_description(f"{dtype} batch_invariant")
             share_layers(asker.model, compiler)
             rows.append(Row(dtype, "batch_invariant"))
-            with one_graph_for_every_size():
+            with independent_sizes():
                 measure(asker, rows[-1], bar.update, stock)
     return Result(subject.name, rows, time.perf_counter() - start)
 

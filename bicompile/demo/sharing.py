@@ -1,9 +1,10 @@
-"""Compile a Llama's decoder layer once and run all its layers through that one graph.
+"""Compile a Llama's decoder layer once and run all its layers through it.
 
 Compiled whole, a model of thirty layers is thirty copies of the same code, and every one costs compile time.  Here
-the layer is the unit: ``torch.compile`` sees one function of one layer, whose weights are graph inputs, so a single
-graph serves every layer, batch size, prompt length and cache length.  What surrounds the layers (rotary table, final
-norm and output projection) is compiled too; embedding lookup and mask building are exact in eager mode.
+the layer is the unit: ``torch.compile`` sees one function of one layer, whose weights are graph inputs, so that every
+layer runs the same graphs: four of them, since torch.compile specialises a batch of one and a query of one.  What
+surrounds the layers (rotary table, final norm and output projection) is compiled too; embedding lookup and mask
+building are exact in eager mode.
 """
 
 from __future__ import annotations
@@ -14,24 +15,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 MAX_POSITIONS = 512
 
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def one_graph_for_every_size() -> contextlib.AbstractContextManager[None]:
-    """While this is entered, sizes 0 and 1 compile to the graph of all others, and equal sizes stay independent."""
-    return torch.fx.experimental._config.patch(backed_size_oblivious=True, use_duck_shape=False)
+def independent_sizes() -> contextlib.AbstractContextManager[None]:
+    """While this is entered, two sizes that happen to be equal do not compile to a graph that wants them equal."""
+    return torch.fx.experimental._config.patch(use_duck_shape=False)
 
 
 def share_layers(model: nn.Module, compile: Compiler) -> None:
     """Rewire ``model`` (a ``LlamaForCausalLM``), in place, to run on three compiled functions.
 
-    Run the model inside :func:`one_graph_for_every_size`, and with a cache.
+    Run the model inside :func:`independent_sizes`, and with a cache.
     """
-    model.config._attn_implementation = _attention_name()
     run_layer = compile(_layer)
     model.model.layers = nn.ModuleList(
         _SharedLayer(layer, index, run_layer) for index, layer in enumerate(model.model.layers)
@@ -49,8 +48,9 @@ class _Cache:
 
     def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
         """Append ``[B, H, T, D]`` keys and values; all of them, in the same form."""
-        self.keys = torch.cat([self.keys, keys.permute(2, 0, 1, 3)])
-        self.values = torch.cat([self.values, values.permute(2, 0, 1, 3)])
+        # .contiguous(): appended to nothing they would keep their own strides, and the next step would compile anew.
+        self.keys = torch.cat([self.keys, keys.permute(2, 0, 1, 3)]).contiguous()
+        self.values = torch.cat([self.values, values.permute(2, 0, 1, 3)]).contiguous()
         return self.keys.permute(1, 2, 0, 3), self.values.permute(1, 2, 0, 3)
 
 
@@ -129,7 +129,8 @@ class _Head(nn.Module):
         self.norm, self.linear, self.run = norm, linear, run
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.run(self.norm, self.linear, hidden.clone(memory_format=torch.contiguous_format))
+        rows = hidden.flatten(0, 1).clone(memory_format=torch.contiguous_format)
+        return self.run(self.norm, self.linear, rows).unflatten(0, hidden.shape[:2])
 
 
 class _RotaryTable(nn.Module):
@@ -146,27 +147,3 @@ class _RotaryTable(nn.Module):
             self.tables = cos[0], sin[0]
         return self.tables[0][position_ids], self.tables[1][position_ids]
 
-
-def _attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    scaling: float,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """transformers' own ``sdpa`` less its branch on the query length, which would split the graph in two."""
-    out = F.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling, enable_gqa=True)
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _attention_name() -> str:
-    """Make ``_attend`` known to transformers, with the masks that it makes for ``sdpa``."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    name = "bicompile_demo"
-    AttentionInterface.register(name, _attend)
-    AttentionMaskInterface.register(name, sdpa_mask)
-    return name

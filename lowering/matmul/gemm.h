@@ -34,32 +34,43 @@ struct Product {
 struct Schedule {
   int64_t tile_rows, tile_columns;  // what one task computes
   int64_t chunk;                    // k's packed at a time, a multiple of kBlock
-  bool wide;                        // four vectors a row instead of two
-  bool share_left;                  // pack the left operand once, before the tasks
-  bool stream;                      // read the right operand in place, line by line
+  bool stream;                      // read the right operand in place instead of packing it
+  bool share_left;                  // pack the left operand once, before the tasks, instead of in each
 };
+
+// Columns of a panel, by the rows it meets: few rows leave registers for more columns.
+template <class T>
+constexpr int panel_width(int64_t rows) {
+  return (rows <= kWideRows ? 4 : 2) * Pack<T>::kLanes;
+}
 
 template <class T>
 Schedule schedule_for(const Product<T>& p) {
   // Fastest of a few on a Zen 4 with 1 MiB of L2: there a tile's sums, one chunk of the left operand and one panel
   // of the right one stay in L2.
-  constexpr int64_t kFewRows = 64, kTallRows = 384, kTallColumns = 256, kSharedBytes = 32 << 20;
+  constexpr int64_t kFewRows = 64, kTallRows = 384, kTallColumns = 256;
+  const bool along = p.right.k_stride == 1;
   Schedule s;
-  s.wide = p.rows <= kWideRows;
-  s.stream = p.right.k_stride == 1 && p.rows <= kStreamRows;
-  const int64_t width = s.stream ? Pack<T>::kLanes : (s.wide ? 4 : 2) * Pack<T>::kLanes;
+  s.stream = p.rows <= kStreamRows && (along || p.right.line_stride == 1);
+  s.share_left = s.stream || (p.batch == 1 && p.rows <= kFewRows);
+  const int64_t width = s.stream ? Pack<T>::kLanes : panel_width<T>(p.rows);
   const int64_t panels = (p.columns + width - 1) / width;
   const int64_t wanted = 8 * int64_t(torch::stable::get_num_threads());
-  const int64_t packed = (p.depth / kBlock + 1) * p.rows * Pack<T>::kRowStride * sizeof(typename Pack<T>::Element);
-  s.share_left = s.stream || (p.batch == 1 && panels > 1 && packed <= kSharedBytes);
-  if (p.rows <= kFewRows) {
-    // Lines of the right operand are read far along k: that is what the processor's prefetcher follows best.
-    s.chunk = 8 * kBlock;
+  if (s.stream && !along) {
+    s.chunk = kBlock;
     s.tile_rows = p.rows;
-    s.tile_columns = width * std::clamp<int64_t>(p.batch * panels / wanted, 1, 8);
+    s.tile_columns = width * std::clamp<int64_t>(2 * p.batch * panels / wanted, 16, std::max<int64_t>(16, 256 / p.rows));
     return s;
   }
-  s.chunk = kBlock;
+  if (p.rows <= kFewRows) {
+    // The right operand is read far along the way in which it lies: the processor's prefetcher follows that best.
+    s.chunk = along ? 8 * kBlock : kBlock;
+    s.tile_rows = p.rows;
+    const int64_t least = along ? 1 : std::min<int64_t>(8, panels);
+    s.tile_columns = width * std::clamp<int64_t>(p.batch * panels / wanted, least, along ? 8 : 16);
+    return s;
+  }
+  s.chunk = Pack<T>::kPair * kBlock;
   const int64_t row_tiles = (p.rows + kTallRows - 1) / kTallRows;
   s.tile_rows = (p.rows + row_tiles - 1) / row_tiles;
   const int64_t column_tiles = (wanted + p.batch * row_tiles - 1) / (p.batch * row_tiles);
@@ -138,19 +149,6 @@ Operand<T> of_batch(const Operand<T>& x, int64_t offset) {
   return {x.data + offset, x.line_stride, x.k_stride};
 }
 
-// A few rows against columns that lie along k: each column is read once, from its place.
-template <class T, PairBy by>
-void stream_task(const Product<T>& p, const typename Pack<T>::Element* packed_left, const Tile& t) {
-  constexpr int kLanes = Pack<T>::kLanes;
-  const Operand<T> right = of_batch(p.right, t.batch * p.right_batch_stride);
-  typename Pack<T>::Element sums[kStreamRows * kLanes];
-  for (int64_t at = 0; at < t.columns; at += kLanes) {
-    const int there = int(std::min<int64_t>(kLanes, t.columns - at));
-    stream_kernel<T, by>(int(t.rows))(right, t.column + at, there, p.depth, packed_left, sums);
-    finish(p, t.batch, t.row, t.rows, t.column + at, there, sums, kLanes);
-  }
-}
-
 // Memory that will be read soon, asked for a part at a time while the processor multiplies.
 struct Ahead {
   const char* data;
@@ -171,7 +169,7 @@ Ahead ahead_of(const Operand<T>& x, int64_t line, int64_t lines, int64_t k, int6
   return {data, 0, 0, 0};
 }
 
-// Many rows, or columns that lie across k: the columns are packed panel by panel.
+// Many rows, or columns that lie anyhow: the columns are packed in panels, then met by one tile of rows after another.
 template <class T, PairBy by>
 void panel_task(const Product<T>& p, const Schedule& s, const typename Pack<T>::Element* packed_left, const Tile& t) {
   using P = Pack<T>;
@@ -181,59 +179,85 @@ void panel_task(const Product<T>& p, const Schedule& s, const typename Pack<T>::
   struct SumTag;
   const Operand<T> left = of_batch(p.left, t.batch * p.left_batch_stride);
   const Operand<T> right = of_batch(p.right, t.batch * p.right_batch_stride);
-  const int width = (s.wide ? 4 : 2) * P::kLanes;
-  const int64_t panels = (t.columns + width - 1) / width, sum_stride = panels * width;
-  const int64_t chunk_blocks = s.chunk / kBlock;
+  const bool wide = t.rows <= kWideRows;
+  const int64_t width = panel_width<T>(t.rows);
+  const int64_t sum_stride = (t.columns + width - 1) / width * width;
+  const int64_t panel_stride = s.chunk / P::kPair * width;
+  // Columns along k are packed one panel at a time, to find it in the cache; columns across k all at once.
+  const int64_t group = right.k_stride == 1 ? width : sum_stride;
   Element* sums = scratch<SumTag, Element>(t.rows * sum_stride);
-  Element* panel = scratch<RightTag, Element>(chunk_blocks * P::kDepth * width);
-  Element* own_left = packed_left ? nullptr : scratch<LeftTag, Element>(chunk_blocks * t.rows * P::kRowStride);
+  Element* packed_right = scratch<RightTag, Element>(group / width * panel_stride);
+  Element* own_left = packed_left ? nullptr : scratch<LeftTag, Element>(s.chunk / kBlock * t.rows * P::kRowStride);
+  const int64_t block_stride = t.rows * P::kRowStride;
   const int64_t row_tiles = (t.rows + kTileRows - 1) / kTileRows;
   for (int64_t k = 0; k == 0 || k < p.depth; k += s.chunk) {
     const int64_t chunk = std::min(s.chunk, p.depth - k), next_chunk = std::min(s.chunk, p.depth - k - chunk);
-    // A block of the left operand: all its rows where packed before, those of this task where packed here.
-    const int64_t block_stride = (packed_left ? p.rows : t.rows) * P::kRowStride;
+    const int64_t blocks = std::max<int64_t>(1, (chunk + kBlock - 1) / kBlock);
     const Element* left_rows = own_left;
     if (packed_left != nullptr) {
-      left_rows = packed_left + k / kBlock * block_stride + t.row * P::kRowStride;
+      left_rows = packed_left + k / kBlock * block_stride;
     } else {
       pack_left(left, t.row, t.rows, k, chunk, own_left, block_stride);
     }
-    const char* next_left = reinterpret_cast<const char*>(left_rows + chunk_blocks * block_stride);
-    const int64_t next_lines = packed_left && chunk_blocks == 1 && next_chunk > 0 ? t.rows * P::kRowStride * int64_t(sizeof(Element)) / 64 : 0;
-    const Ahead left_ahead{next_left, next_lines, 64, 64};
-    const int64_t calls = (chunk + kBlock - 1) / kBlock * row_tiles;
+    const Ahead left_ahead = ahead_of(left, t.row, packed_left ? 0 : t.rows, k + chunk, next_chunk);
     for (int64_t at = 0; at < t.columns; at += width) {
-      const int there = int(std::min<int64_t>(width, t.columns - at));
-      const Element* right_columns = panel;
-      int64_t right_stride = width;
-      bool in_place = false;
-      if constexpr (std::is_same_v<T, Element>) {
-        in_place = s.wide && right.line_stride == 1 && there == width;
-        if (in_place) right_columns = right.at(t.column + at, k), right_stride = right.k_stride;
+      const int64_t group_start = at / group * group, in_group = std::min(group, t.columns - group_start);
+      if (at == group_start) {
+        pack_columns(right, t.column + at, in_group, k, int(chunk), int(width), panel_stride, packed_right);
       }
-      if (!in_place) pack_columns(right, t.column + at, there, k, int(chunk), width, panel);
-      const bool last = at + width >= t.columns;
+      // What is packed next: another group of this chunk, or the first one of the next chunk.
+      const int64_t next = group_start + group;
       const Ahead right_ahead =
-          last ? ahead_of(right, t.column, std::min<int64_t>(width, t.columns), k + chunk, next_chunk)
-               : ahead_of(right, t.column + at + width, std::min<int64_t>(width, t.columns - at - width), k, chunk);
-      int64_t call = 0;
-      for (int64_t done = 0; done == 0 || done < chunk; done += kBlock) {
-        const int depth = elements<T>(int(std::min<int64_t>(kBlock, chunk - done)));
-        const Element* rows_of_block = left_rows + done / kBlock * block_stride;
-        const Element* columns_of_block = right_columns + done / P::kPair * right_stride;
+          next < t.columns ? ahead_of(right, t.column + next, std::min(group, t.columns - next), k, chunk)
+                           : ahead_of(right, t.column, std::min(group, t.columns), k + chunk, next_chunk);
+      int64_t call = (at - group_start) / width * blocks * row_tiles;
+      const int64_t calls = (in_group + width - 1) / width * blocks * row_tiles;
+      for (int64_t block = 0; block < blocks; block++) {
+        const int depth = elements<T>(int(std::min<int64_t>(kBlock, chunk - block * kBlock)));
+        const Element* columns = packed_right + (at - group_start) / width * panel_stride + block * P::kDepth * width;
         int64_t row = 0;
         for (int64_t tile = 0; tile < row_tiles; tile++, call++) {
-          const int tile_rows = int(t.rows / row_tiles + (tile < t.rows % row_tiles));
+          const int rows = int(t.rows / row_tiles + (tile < t.rows % row_tiles));
           right_ahead.fetch(call, calls);
-          left_ahead.fetch(at / width * calls + call, panels * calls);
-          tile_kernel<T, by>(tile_rows, s.wide)(depth, rows_of_block + row * P::kRowStride, columns_of_block,
-                                                right_stride, sums + row * sum_stride + at, sum_stride, k + done == 0);
-          row += tile_rows;
+          if (at == 0) left_ahead.fetch(block * row_tiles + tile, blocks * row_tiles);
+          tile_kernel<T, by>(rows, wide)(depth, left_rows + block * block_stride + row * P::kRowStride, columns, width,
+                                         sums + row * sum_stride + at, sum_stride, k + block == 0);
+          row += rows;
         }
       }
-      if (k + s.chunk >= p.depth) finish(p, t.batch, t.row, t.rows, t.column + at, there, sums + at, sum_stride);
+      if (k + s.chunk >= p.depth) {
+        finish(p, t.batch, t.row, t.rows, t.column + at, std::min(width, t.columns - at), sums + at, sum_stride);
+      }
     }
   }
+}
+
+// A few rows: the columns are read in place.
+template <class T, PairBy by>
+void stream_task(const Product<T>& p, const Schedule& s, const typename Pack<T>::Element* packed_left, const Tile& t) {
+  using Element = typename Pack<T>::Element;
+  struct SumTag;
+  constexpr int kLanes = Pack<T>::kLanes;
+  const Operand<T> right = of_batch(p.right, t.batch * p.right_batch_stride);
+  if (right.k_stride == 1) {
+    const StreamColumns<T> kernel = stream_columns_kernel<T, by>(int(t.rows));
+    Element sums[kStreamRows * kLanes];
+    for (int64_t at = 0; at < t.columns; at += kLanes) {
+      const int there = int(std::min<int64_t>(kLanes, t.columns - at));
+      kernel(right, t.column + at, there, p.depth, packed_left, sums);
+      finish(p, t.batch, t.row, t.rows, t.column + at, there, sums, kLanes);
+    }
+    return;
+  }
+  const int64_t full = t.columns / kLanes * kLanes;
+  if (full > 0 && p.depth > 0) {
+    Element* part = scratch<SumTag, Element>(2 * t.rows * full);
+    Element* sums = part + t.rows * full;
+    stream_rows_kernel<T, by>(int(t.rows))(right, t.column, full, p.depth, packed_left, part, sums);
+    finish(p, t.batch, t.row, t.rows, t.column, full, sums, full);
+  }
+  const int64_t rest = p.depth > 0 ? full : 0;
+  if (rest < t.columns) panel_task<T, by>(p, s, packed_left, {t.batch, t.row, t.rows, t.column + rest, t.columns - rest});
 }
 
 template <class T, PairBy by>
@@ -247,13 +271,10 @@ void run(const Product<T>& p) {
   Element* shared = nullptr;
   if (s.share_left) {
     shared = scratch<SharedTag, Element>(p.batch * packed_size);
-    constexpr int64_t kGroup = 32;  // rows
-    const int64_t groups = (p.rows + kGroup - 1) / kGroup;
-    parallel_tasks(p.batch * groups, p.batch * p.rows * p.depth / 8, [&](int64_t task) {
-      const int64_t batch = task / groups, row = task % groups * kGroup;
-      pack_left(of_batch(p.left, batch * p.left_batch_stride), row, std::min(kGroup, p.rows - row), 0, p.depth,
-                shared + batch * packed_size + row * P::kRowStride, block_stride);
-    });
+    for (int64_t batch = 0; batch < p.batch; batch++) {
+      const Operand<T> left = of_batch(p.left, batch * p.left_batch_stride);
+      pack_left(left, 0, p.rows, 0, p.depth, shared + batch * packed_size, block_stride);
+    }
   }
   const int64_t row_tiles = (p.rows + s.tile_rows - 1) / s.tile_rows;
   const int64_t column_tiles = (p.columns + s.tile_columns - 1) / s.tile_columns;
@@ -269,7 +290,7 @@ void run(const Product<T>& p) {
     t.batch = task / row_tiles / column_tiles;
     const Element* packed = shared ? shared + t.batch * packed_size : nullptr;
     if (s.stream) {
-      stream_task<T, by>(p, packed, t);
+      stream_task<T, by>(p, s, packed, t);
     } else {
       panel_task<T, by>(p, s, packed, t);
     }

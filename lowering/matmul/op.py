@@ -67,8 +67,10 @@ def _checked_addend(op: str, c: Tensor, out: Tensor) -> Tensor:
     """``out``, after a check that ``c`` can be added to it."""
     torch._check(
         c.dtype == out.dtype,
-        lambda: f"bicompile::{op}: expected one dtype, got an addend of {c.dtype} for factors of {out.dtype}; "
-        "convert one of them",
+        lambda: (
+            f"bicompile::{op}: expected one dtype, got an addend of {c.dtype} for factors of {out.dtype}; "
+            "convert one of them"
+        ),
     )
     torch._check(
         c.dim() <= out.dim(),

@@ -218,15 +218,16 @@ void pack_rows(const Operand<T>& x, int64_t line, int count, int64_t k, int dept
   }
 }
 
-// Lines [line, line + count), k's [k, k + depth_k), as columns: to[element * width + i].  `width` is a multiple of
-// kLanes; columns beyond `count` hold anything.
+// Lines [line, line + count), k's [k, k + depth_k), as columns in panels of `width`, a multiple of kLanes:
+// to[i / width * panel_stride + element * width + i % width].  Columns beyond `count` hold anything.
 template <class T>
-void pack_columns(const Operand<T>& x, int64_t line, int count, int64_t k, int depth_k, int width,
-                  typename Pack<T>::Element* __restrict to) {
+void pack_columns(const Operand<T>& x, int64_t line, int64_t count, int64_t k, int depth_k, int width,
+                  int64_t panel_stride, typename Pack<T>::Element* __restrict to) {
   using P = Pack<T>;
   constexpr int kStep = P::kLanes * P::kPair;
   if (x.k_stride == 1) {
-    for (int i = 0; i < width; i += P::kLanes) {
+    for (int64_t i = 0; i < count; i += P::kLanes) {
+      auto* column = to + i / width * panel_stride + i % width;
       const T* from[P::kLanes];
       for (int j = 0; j < P::kLanes; j++) from[j] = x.at(line + (i + j < count ? i + j : count - 1), k);
       int done = 0;
@@ -236,26 +237,27 @@ void pack_columns(const Operand<T>& x, int64_t line, int count, int64_t k, int d
         for (int j = 0; j < P::kLanes; j++) v[j] = load_along(from[j] + done);
         transpose(v);
 #pragma GCC unroll 16
-        for (int e = 0; e < P::kLanes; e++) store(to + (done / P::kPair + e) * width + i, v[e]);
+        for (int e = 0; e < P::kLanes; e++) store(column + (done / P::kPair + e) * width, v[e]);
       }
       if (done < depth_k) {
         typename P::Vec v[P::kLanes];
         for (int j = 0; j < P::kLanes; j++) v[j] = load_along(from[j] + done, depth_k - done);
         transpose(v);
-        for (int e = 0; e < P::kLanes; e++) store(to + (done / P::kPair + e) * width + i, v[e]);
+        for (int e = 0; e < P::kLanes; e++) store(column + (done / P::kPair + e) * width, v[e]);
       }
     }
     return;
   }
-  for (int done = 0; done < depth_k; done += P::kPair, to += width) {
+  for (int done = 0; done < depth_k; done += P::kPair) {
     const bool odd = done + 1 < depth_k;
-    for (int i = 0; i < count; i += P::kLanes) {
-      const int lanes = count - i < P::kLanes ? count - i : P::kLanes;
+    for (int64_t i = 0; i < count; i += P::kLanes) {
+      auto* column = to + i / width * panel_stride + done / P::kPair * width + i % width;
+      const int lanes = int(count - i < P::kLanes ? count - i : P::kLanes);
       const T* from = x.at(line + i, k + done);
       if (x.line_stride == 1 && lanes == P::kLanes) {
-        store(to + i, load_across(from, x.k_stride, odd));
+        store(column, load_across(from, x.k_stride, odd));
       } else {
-        store(to + i, gather_across(from, x.line_stride, lanes, x.k_stride, odd));
+        store(column, gather_across(from, x.line_stride, lanes, x.k_stride, odd));
       }
     }
   }

@@ -1,0 +1,105 @@
+"""Layer norm and group norm and their gradients, said in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bicompile.lowering.reduction.reference import canonical, count, fold, sqrt
+
+from .order import order_for
+
+
+def _statistics(rows: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    mean = fold(rows) / count(rows)
+    distance = rows - mean
+    var = fold(distance * distance) / count(rows)
+    one, small = torch.ones((), dtype=rows.dtype), torch.full((), eps, dtype=rows.dtype)
+    return mean, one / sqrt(var + small)
+
+
+def _backward(g: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    xhat = (rows - mean) * rstd
+    g_mean, product_mean = fold(g) / count(rows), fold(g * xhat) / count(rows)
+    return ((g - g_mean) - xhat * product_mean) * rstd
+
+
+def _norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = _statistics(rows, eps)
+    y = (rows - mean) * rstd
+    if weight is not None:
+        y = y * weight.to(rows.dtype)
+    if bias is not None:
+        y = y + bias.to(rows.dtype)
+    return y, mean, rstd
+
+
+def layer_norm(
+    x: Tensor, normalized_dims: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    first = x.dim() - normalized_dims
+    rows = x.to(order_for(0, x.dtype).compute).flatten(first)
+    flat = [t if t is None else t.flatten() for t in (weight, bias)]
+    y, mean, rstd = _norm(rows, *flat, eps)
+    shape = (*x.shape[:first], *([1] * normalized_dims))
+    return canonical(y.reshape(x.shape).to(x.dtype)), canonical(mean.reshape(shape)), canonical(rstd.reshape(shape))
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, normalized_dims: int, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> Tensor:
+    compute = order_for(0, x.dtype).compute
+    g, rows = (t.to(compute).flatten(x.dim() - normalized_dims) for t in (grad, x))
+    center, scale = (t.to(compute).reshape(*rows.shape[:-1], 1) for t in (mean, rstd))
+    g = g if weight is None else g * weight.to(compute).flatten()
+    return canonical(_backward(g, rows, center, scale).reshape(x.shape).to(x.dtype))
+
+
+def layer_norm_backward_params(
+    grad: Tensor, x: Tensor, normalized_dims: int, mean: Tensor, rstd: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    compute = order_for(0, x.dtype).compute
+    first = x.dim() - normalized_dims
+    shape = x.shape[first:]
+    rows, g = (t.to(compute).reshape(-1, shape.numel()) for t in (x, grad))
+    center, scale = (t.to(compute).reshape(-1, 1) for t in (mean, rstd))
+    sums = [fold(t.T.contiguous()) for t in (g * ((rows - center) * scale), g)]
+    return canonical(sums[0].reshape(shape).to(dtype)), canonical(sums[1].reshape(shape).to(dtype))
+
+
+def _channels(t: Tensor | None, x: Tensor, groups: int) -> Tensor | None:
+    """One number for each channel, spread over the elements of its group: [groups, C / groups * inner]."""
+    if t is None:
+        return None
+    inner = x.shape[2:].numel()
+    return t.reshape(groups, -1, 1).expand(-1, -1, inner).flatten(1)
+
+
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.to(order_for(0, x.dtype).compute).reshape(x.shape[0], groups, -1)
+    y, mean, rstd = _norm(rows, _channels(weight, x, groups), _channels(bias, x, groups), eps)
+    return canonical(y.reshape(x.shape).to(x.dtype)), canonical(mean.squeeze(-1)), canonical(rstd.squeeze(-1))
+
+
+def group_norm_backward(
+    grad: Tensor, x: Tensor, groups: int, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> Tensor:
+    compute = order_for(0, x.dtype).compute
+    g, rows = (t.to(compute).reshape(x.shape[0], groups, -1) for t in (grad, x))
+    spread = _channels(weight, x, groups)
+    g = g if spread is None else g * spread.to(compute)
+    result = _backward(g, rows, mean.to(compute).unsqueeze(-1), rstd.to(compute).unsqueeze(-1))
+    return canonical(result.reshape(x.shape).to(x.dtype))
+
+
+def group_norm_backward_params(
+    grad: Tensor, x: Tensor, groups: int, mean: Tensor, rstd: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    compute = order_for(0, x.dtype).compute
+    rows = x.to(compute).reshape(x.shape[0], groups, -1)
+    xhat = ((rows - mean.to(compute).unsqueeze(-1)) * rstd.to(compute).unsqueeze(-1)).reshape(*x.shape[:2], -1)
+    g = grad.to(compute).reshape(*x.shape[:2], -1)
+    sums = [fold(t.transpose(0, 1).flatten(1)).flatten() for t in (g * xhat, g)]
+    return canonical(sums[0].to(dtype)), canonical(sums[1].to(dtype))

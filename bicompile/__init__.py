@@ -1,6 +1,6 @@
 """bicompile: batch-invariant backend for torch.compile.
 
-    torch.compile(model, backend="batch_invariant")
+torch.compile(model, backend="batch_invariant")
 """
 
 from pathlib import Path

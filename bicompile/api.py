@@ -54,5 +54,7 @@ def batch_invariant(target: Any = None, /, **compile_options: Any) -> Any:
     if isinstance(target, (staticmethod, classmethod)):
         return type(target)(compile_it(target.__func__))
     if not callable(target):
-        raise TypeError(f"batch_invariant: expected a function, a module or a module class, got {type(target).__name__}")
+        raise TypeError(
+            f"batch_invariant: expected a function, a module or a module class, got {type(target).__name__}"
+        )
     return compile_it(target)

@@ -142,9 +142,7 @@ def _encoder_layer(
         return F.layer_norm(x, (embed_dim,), weight, bias, eps)
 
     def attend(x: Tensor) -> Tensor:
-        return _self_attention(
-            x, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type
-        )
+        return _self_attention(x, embed_dim, num_heads, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type)
 
     def feed_forward(x: Tensor) -> Tensor:
         hidden = F.linear(x, ffn_weight_1, ffn_bias_1)
@@ -204,9 +202,7 @@ def _native_attention(
             f"need_weights={need_weights}. Call nn.MultiheadAttention with need_weights=False, or turn the fused "
             "path off with torch.backends.mha.set_fastpath_enabled(False)."
         )
-    y = _self_attention(
-        query, embed_dim, num_head, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type
-    )
+    y = _self_attention(query, embed_dim, num_head, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type)
     return y, query.new_empty(0)
 
 

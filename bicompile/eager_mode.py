@@ -47,9 +47,7 @@ _CORRECTLY_ROUNDED = frozenset(
 
 
 @contextlib.contextmanager
-def eager(
-    *, allow: Iterable[str] = (), on_refused: Literal["error", "warn"] = "error"
-) -> Iterator[None]:
+def eager(*, allow: Iterable[str] = (), on_refused: Literal["error", "warn"] = "error") -> Iterator[None]:
     """Run uncompiled code with batch-invariant lowerings, in this thread, until the context is left.
 
     Covers what surrounds a compiled model: a sampling loop, a metric, the code between two graphs.  May be nested and
@@ -123,7 +121,9 @@ def _runs_as_it_is(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, An
     if any(t.device.type not in ("cpu", "meta") for t in tensors):
         return False
     if exact_by_name(func) or is_view(func):
-        return func not in (aten.index_put.default, aten.index_put_.default) or not bind(func, args, kwargs)["accumulate"]
+        return (
+            func not in (aten.index_put.default, aten.index_put_.default) or not bind(func, args, kwargs)["accumulate"]
+        )
     if torch.Tag.nondeterministic_seeded in func.tags:
         return False
     name = op_name(func).rstrip("_")
@@ -132,7 +132,11 @@ def _runs_as_it_is(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, An
         return False
     if name in _CORRECTLY_ROUNDED:
         return True
-    if name in ("aten.add", "aten.sub", "aten.rsub"):  # with alpha PyTorch's scalar code may contract, its vector code not
+    if name in (
+        "aten.add",
+        "aten.sub",
+        "aten.rsub",
+    ):  # with alpha PyTorch's scalar code may contract, its vector code not
         return bind(func, args, kwargs).get("alpha", 1) == 1
     if name == "aten.pow" and real:  # squares and square roots are one operation
         exponent = bind(func, args, kwargs).get("exponent")
@@ -183,7 +187,9 @@ def _pinned(target: Callable[..., Tensor], operands: tuple[Any, ...], name: str)
     dtype = functools.reduce(torch.promote_types, (torch.result_type(x, operands[-1]) for x in operands))
     dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
     device = next(x.device for x in operands if isinstance(x, Tensor))
-    tensors = [torch.as_tensor(x, dtype=dtype, device=device) for x in operands]
+    # A number is not rounded to a half precision: compiled code holds it in float32, where the function is computed.
+    wide = torch.promote_types(dtype, torch.float32)
+    tensors = [torch.as_tensor(x, dtype=dtype if isinstance(x, Tensor) else wide, device=device) for x in operands]
     return target(*torch.broadcast_tensors(*tensors), name)
 
 

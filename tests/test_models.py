@@ -16,66 +16,55 @@ from bicompile.testing import assert_batch_invariant, same_bits
 
 pytest.importorskip("transformers")
 
-# Sizes 4, 1 and 2 in this order make a static graph, the graph of one row, and a dynamic graph.
-COMPANY = ("again", "permuted", "nan", "alone", "sub-batch", "duplicated", "offset")
+# By sizes: 4 makes a static graph, 1 the graph of one row, 3 and 2 a dynamic one.
+STATIC = ("again", "permuted", "nan", "alone", "duplicated", "offset")
+COMPANY = (*STATIC, "sub-batch")
 
 
 def compile_it(module: nn.Module, dynamic: bool | None = None) -> nn.Module:
     return torch.compile(module, backend="batch_invariant", dynamic=dynamic)
 
 
-def output_and_grad(module: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The output, and the gradient that flows into ``x`` from a cotangent that is the same for every row."""
-    x = x.clone().requires_grad_()
-    y = module(x)
-    cotangent = torch.linspace(-1, 1, y[0].numel()).reshape(y.shape[1:]).to(y.dtype)
-    (grad,) = torch.autograd.grad(y, x, cotangent.expand_as(y))
-    return y.detach(), grad
-
-
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_rows_keep_their_bits_forward_and_backward(model: Model):
-    compiled = compile_it(model.module(torch.float32))
-    assert_batch_invariant(compiled, model.rows(4, torch.float32), check_input_grad=True, situations=COMPANY)
+    """With static shapes; the ordinary block also trains its weights and meets dynamic shapes."""
+    module, is_ordinary = model.module(torch.float32), model.name == "ordinary"
+    compiled = compile_it(module.requires_grad_(is_ordinary))
+    company = COMPANY if is_ordinary else STATIC
+    assert_batch_invariant(compiled, model.rows(4, torch.float32), check_input_grad=True, situations=company)
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
-def test_rows_keep_their_bits_in_bfloat16(model: Model):
-    compiled = compile_it(model.module(torch.bfloat16))
+def test_rows_keep_their_bits_in_bfloat16_with_dynamic_shapes(model: Model):
+    compiled = compile_it(model.module(torch.bfloat16), dynamic=True)
     with torch.no_grad():
         assert_batch_invariant(compiled, model.rows(4, torch.bfloat16), situations=COMPANY)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-def test_rows_keep_their_bits_in_other_dtypes_backward_too(dtype: torch.dtype):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_rows_keep_their_bits_in_other_dtypes(dtype: torch.dtype):
     model = MODELS["ordinary"]
     compiled = compile_it(model.module(dtype))
-    assert_batch_invariant(compiled, model.rows(3, dtype), check_input_grad=True, situations=["again", "nan", "alone"])
+    assert_batch_invariant(compiled, model.rows(4, dtype), check_input_grad=True, situations=["again", "nan"])
 
 
-@pytest.mark.parametrize("model", [MODELS["ordinary"], MODELS["llama"], MODELS["encoder"]], ids=lambda m: m.name)
-def test_static_and_dynamic_graphs_give_the_same_bits(model: Model):
-    module, x = model.module(torch.float32), model.rows(3, torch.float32)
-    static = output_and_grad(compile_it(module, dynamic=False), x)
-    torch._dynamo.reset()
-    dynamic = compile_it(module, dynamic=True)
-    assert same_bits(output_and_grad(dynamic, x), static)
-    for rows in (slice(1, 3), slice(2, 3)):
-        assert same_bits(output_and_grad(dynamic, x[rows]), tuple(part[rows] for part in static))
+def test_static_and_dynamic_graphs_give_the_same_bits():
+    model = MODELS["llama"]
+    module, x = model.module(torch.float32), model.rows(4, torch.float32)
+    with torch.no_grad():
+        static = compile_it(module, dynamic=False)(x)
+        torch._dynamo.reset()
+        dynamic = compile_it(module, dynamic=True)
+        assert same_bits(dynamic(x), static)
+        assert same_bits(dynamic(x[1:3]), static[1:3])
+        assert same_bits(dynamic(x[2:3]), static[2:3])
 
 
 def test_layouts_of_the_input_do_not_matter():
     model = MODELS["ordinary"]
     compiled = compile_it(model.module(torch.float32))
     with torch.no_grad():
-        assert_batch_invariant(compiled, model.rows(3, torch.float32), situations=["strided", "transposed", "offset"])
-
-
-def test_weights_that_train_leave_rows_alone():
-    model = MODELS["ordinary"]
-    compiled = compile_it(model.module(torch.float32).requires_grad_(True).train())
-    situations = ["again", "permuted", "nan", "alone"]
-    assert_batch_invariant(compiled, model.rows(3, torch.float32), check_input_grad=True, situations=situations)
+        assert_batch_invariant(compiled, model.rows(4, torch.float32), situations=["strided", "transposed", "offset"])
 
 
 def test_the_same_checks_catch_stock_eager():
@@ -142,9 +131,8 @@ def _left_padded(ids: Tensor, padding: int) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_llama_does_not_see_left_padding(dtype: torch.dtype):
-    model = Model("llama", llama).module(dtype)
+def test_llama_does_not_see_left_padding():
+    model = Model("llama", llama).module(torch.bfloat16)
     compiled = compile_it(model, dynamic=True)
     ids = _tokens(2, PROMPT)
     with torch.no_grad():

@@ -225,9 +225,10 @@ def worst_error(result: Tensor, exact: Tensor, scale: Tensor) -> float:
     return ((result.double() - exact).abs() / scale).max().item()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float64])
 @pytest.mark.parametrize("dim", [[1], [0], [0, 1]])
-def test_values_are_as_good_as_torchs(dtype: torch.dtype, dim: list[int]):
+def test_values_are_nearly_as_good_as_torchs(dtype: torch.dtype, dim: list[int]):
+    """Half a unit is rounding; beyond it torch's var, which runs in float64, may be a little better."""
     x = spread((300, 2000), dtype, 1)
     wide, eps = x.double(), torch.finfo(dtype).eps
     scale = wide.abs().sum(dim)
@@ -239,6 +240,14 @@ def test_values_are_as_good_as_torchs(dtype: torch.dtype, dim: list[int]):
         (ops.logsumexp(x, dim, False), x.logsumexp(dim), wide.logsumexp(dim), wide.logsumexp(dim).abs()),
     ):
         assert worst_error(ours, exact, size) <= 2 * worst_error(stock, exact, size) + eps
+
+
+def test_values_in_float64_agree_with_torchs():
+    x = spread((300, 2000), torch.float64, 1)
+    for dim in ([1], [0], [0, 1]):
+        assert worst_error(ops.sum(x, dim, False, x.dtype), x.sum(dim), x.abs().sum(dim)) < 1e-15
+        assert worst_error(ops.var(x, dim, 1.0, False, False)[0], x.var(dim), x.var(dim)) < 1e-14
+        assert worst_error(ops.logsumexp(x, dim, False), x.logsumexp(dim), x.logsumexp(dim).abs()) < 1e-15
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -49,7 +49,8 @@ class Result:
         return {"meta": meta, "ok": not self.failures(), "rows": [row.as_json() for row in self.rows]}
 
     def __str__(self) -> str:
-        lines = [self.model, "", *_table([_HEADINGS, *(_cells(row) for row in self.rows)]), ""]
+        title = f"{self.model}, {torch.get_num_threads()} threads, {self.seconds:.0f} s"
+        lines = [title, "", *_table([_HEADINGS, *(_cells(row) for row in self.rows)]), ""]
         if example := _example(self.rows):
             lines += [*example, ""]
         lines += self.failures() or ["batch_invariant: one completion for every prompt, whatever the batch."]

@@ -100,7 +100,7 @@ class _SharedLayer(nn.Module):
     ) -> Tensor:
         slot = past_key_values.layers[self.index]
         if slot.is_initialized:
-            past = [slot.keys.permute(2, 0, 1, 3), slot.values.permute(2, 0, 1, 3)]
+            past = [_time_first(slot.keys), _time_first(slot.values)]
         else:
             attention = self.layer.self_attn
             heads = attention.config.num_key_value_heads
@@ -113,6 +113,12 @@ class _SharedLayer(nn.Module):
         hidden, keys, values = self.run(self.layer, hidden, attention_mask, cos, sin, *past)
         slot.keys, slot.values = keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
         return hidden
+
+
+def _time_first(heads_first: Tensor) -> Tensor:
+    """``[B, H, T, D]`` as a contiguous ``[T, B, H, D]``; the stride of a dim of one is what the others say."""
+    time_first = heads_first.permute(2, 0, 1, 3)
+    return time_first.reshape(-1).view(time_first.shape)
 
 
 def _causal(batch: int, length: int, past: int) -> Tensor:
@@ -146,4 +152,3 @@ class _RotaryTable(nn.Module):
             cos, sin = self.run(self.rotary, hidden[:1, :1], torch.arange(MAX_POSITIONS)[None])
             self.tables = cos[0], sin[0]
         return self.tables[0][position_ids], self.tables[1][position_ids]
-

@@ -39,11 +39,14 @@ _HEADERS = ("elementwise/inductor_cpu.h", "elementwise/math.h", "native/simd.h")
 _PREFIX = "#include <torch/csrc/inductor/cpp_prefix.h>"
 
 # Ours, of IEEE operations (see math.h).
-_OURS = frozenset(
-    "exp exp2 expm1 log log2 log10 log1p sigmoid tanh erf sin cos rsqrt pow".split()
-)
+_OURS = frozenset("exp exp2 expm1 log log2 log10 log1p sigmoid tanh erf sin cos rsqrt pow".split())
 # Ours for floating point, Inductor's for integers: NaN, signed zero or rounding differ between vector and scalar code.
+# Sums and products do where two NaNs meet, because the compiler may swap the operands.
 _OURS_IF_REAL = {
+    "add": "add",
+    "mul": "mul",
+    "mul_rn": "mul",
+    "fma": "fused",
     "maximum": "maximum",
     "minimum": "minimum",
     "relu": "relu",
@@ -60,10 +63,10 @@ _EACH = frozenset(
 # Defined to the bit by IEEE 754 or on integers, and found to agree.
 _EXACT = frozenset(
     """
-    abs add and_ bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil ceil_to_int
-    constant copysign div_rn eq floor floor_to_int floordiv fma frexp ge gt identity index_expr int_truediv isinf isnan
-    ldexp le logical_and logical_not logical_or logical_xor lshift lt masked mul mul_rn ne neg or_ reciprocal round
-    round_to_int rshift sign signbit sqrt square sub to_dtype to_dtype_bitcast truediv trunc trunc_to_int truncdiv
+    abs and_ bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil ceil_to_int
+    constant copysign div_rn eq floor floor_to_int floordiv frexp ge gt identity index_expr int_truediv isinf isnan
+    ldexp le logical_and logical_not logical_or logical_xor lshift lt masked ne neg or_ reciprocal round
+    rshift sign signbit sqrt square sub to_dtype to_dtype_bitcast truediv trunc trunc_to_int truncdiv
     value_expr where xor
     """.split()
 )
@@ -74,7 +77,10 @@ _STRUCTURE = frozenset(
     paren partial_accumulate placeholder reduction scan sort store store_reduction
     """.split()
 )
+# The classes of torch._inductor.codegen.cpp that change while pinned.
+PATCHED = ("CppOverrides", "CppVecOverrides", "CppTile2DOverrides", "CppKernel", "CppVecKernel", "KernelGroup")
 _HALVES = (torch.bfloat16, torch.float16)
+_BYTES = (torch.int8, torch.uint8)
 
 
 class CodegenError(RuntimeError):
@@ -148,19 +154,12 @@ def pinned_cpu_codegen() -> Iterator[None]:
 
 
 def _patch(stack: contextlib.ExitStack) -> None:
-    for owner, name in (
-        (cpp, "CppOverrides"),
-        (cpp, "CppVecOverrides"),
-        (cpp, "CppTile2DOverrides"),
-        (cpp, "CppKernel"),
-        (cpp, "CppVecKernel"),
-        (cpp, "KernelGroup"),
-    ):
-        _require(owner, name)
-    scalar, vector = cpp.CppOverrides, cpp.CppVecOverrides
-    known = {name for c in (scalar, vector, cpp.CppTile2DOverrides) for name in dir(c) if not name.startswith("_")}
-    for name in (*_OURS, *_OURS_IF_REAL):
+    classes: list[Any] = [_require(cpp, name) for name in PATCHED]
+    scalar, vector, tiles, scalar_kernel, vector_kernel, group = classes
+    known = {name for c in (scalar, vector, tiles) for name in dir(c) if not name.startswith("_")}
+    for name in (*_OURS, *(set(_OURS_IF_REAL) - {"fma", "mul_rn"})):
         _require(scalar, name)
+    functions: tuple[Callable[..., Any], Callable[..., Any]]
     for name in known:
         if name in _OURS:
             functions = (_ours(name),) * 2
@@ -168,6 +167,8 @@ def _patch(stack: contextlib.ExitStack) -> None:
             functions = (_ours_if_real(name, scalar), _ours_if_real(name, vector))
         elif name in _EACH:
             functions = (_each(name, scalar),) * 2
+        elif name == "round_to_int":
+            functions = (_round_to_int,) * 2
         elif name == "floordiv":
             functions = (_integers_only(name, scalar), _integers_only(name, vector))
         elif name in _EXACT | _STRUCTURE:
@@ -177,11 +178,11 @@ def _patch(stack: contextlib.ExitStack) -> None:
         for owner, function in zip((scalar, vector), functions, strict=True):
             function.__name__ = name  # by which CppVecOverrides falls back to CppOverrides
             _set(stack, owner, name, staticmethod(function))
-    for owner in (vector, cpp.CppTile2DOverrides):
+    for owner in (vector, tiles):
         _set(stack, owner, "index_expr", staticmethod(_whole_index(owner)))
-    for kernel in (cpp.CppKernel, cpp.CppVecKernel):
+    for kernel in (scalar_kernel, vector_kernel):
         _set(stack, kernel, "get_to_dtype_expr", _narrowing(_require(kernel, "get_to_dtype_expr")))
-    _set(stack, cpp.KernelGroup, "codegen_group", _including(_require(cpp.KernelGroup, "codegen_group")))
+    _set(stack, group, "codegen_group", _including(_require(group, "codegen_group")))
 
 
 def _require(owner: Any, name: str) -> Any:
@@ -219,9 +220,28 @@ def _ours_if_real(name: str, owner: type) -> Callable[..., Any]:
     stock = getattr(owner, name)
 
     def function(*arguments: Any) -> Any:
-        return _call(_OURS_IF_REAL[name], *arguments) if _is_real(*arguments) else stock(*arguments)
+        if not _is_real(*arguments) or (name in ("add", "mul") and not _two_nans_can_meet(name)):
+            return stock(*arguments)
+        return _call(_OURS_IF_REAL[name], *arguments)
 
     return function
+
+
+def _is_number(operand: Any) -> bool:
+    """Whether a node is a constant that is not NaN."""
+    return getattr(operand, "target", None) == "constant" and operand.args[1] == operand.args[1]
+
+
+def _two_nans_can_meet(name: str) -> bool:
+    """Whether the sum or product that is being generated could show which of two NaNs it returned."""
+    node = getattr(cpp.V.interpreter, "current_node", None)
+    if node is None or node.target != name:
+        return True
+    operands = node.args[1:]
+    if operands[0] is operands[1] or any(_is_number(operand) for operand in operands):
+        return False
+    # A cast to a half precision writes the one NaN.
+    return not all(u.target == "to_dtype" and (u.args[2:3] or [None])[0] in _HALVES for u in node.users)
 
 
 def _each(name: str, scalar: type) -> Callable[..., str]:
@@ -238,6 +258,13 @@ def _each(name: str, scalar: type) -> Callable[..., str]:
     return function
 
 
+def _round_to_int(
+    x: Any, dtype: torch.dtype, src_dtype: torch.dtype | None = None, use_compute_types: bool = True
+) -> Any:
+    """To nearest even: Inductor's scalar code rounds halves away from zero, its vector code does not."""
+    return cpp.ops.to_dtype(cpp.ops.round(x), dtype, src_dtype=src_dtype, use_compute_types=use_compute_types)
+
+
 def _integers_only(name: str, owner: type) -> Callable[..., Any]:
     stock = getattr(owner, name)
 
@@ -252,17 +279,17 @@ def _refused(name: str) -> Callable[..., Any]:
         from bicompile.errors import UnsupportedOpError
 
         raise UnsupportedOpError(
-            f"ops.{name}: Inductor's C++ kernels have no form of this function that is known to give the same bits in "
-            f"vector and scalar code, so a row's bits could follow its batch. Compute it outside the compiled function, "
-            f"or from functions that are supported."
+            f"ops.{name}: Inductor's C++ kernels have no form of this function that is known to give the same bits "
+            f"in vector and scalar code, so a row's bits could follow its batch. Compute it outside the compiled "
+            f"function, or from functions that are supported."
         )
 
     return function
 
 
-def _whole_index(owner: type) -> Callable[..., Any]:
+def _whole_index(owner: Any) -> Callable[..., Any]:
     """Indices as integers first: vector code would add up a floating-point index in steps, which rounds."""
-    stock = owner.index_expr  # type: ignore[attr-defined]
+    stock = owner.index_expr
 
     def index_expr(expr: Any, dtype: torch.dtype) -> Any:
         if not dtype.is_floating_point:
@@ -274,15 +301,20 @@ def _whole_index(owner: type) -> Callable[..., Any]:
 
 
 def _narrowing(stock: Callable[..., str]) -> Callable[..., str]:
-    """Casts to the half precisions write one NaN; the narrower formats, whose overflow differs, are refused."""
+    """Casts that vector code does otherwise: NaN in the half precisions, overflow in 8 bits."""
 
-    def get_to_dtype_expr(self: Any, src: Any, dtype: torch.dtype, src_dtype: torch.dtype, *more: Any, **kw: Any) -> str:
+    def get_to_dtype_expr(
+        self: Any, src: Any, dtype: torch.dtype, src_dtype: torch.dtype | None, *more: Any, **kw: Any
+    ) -> str:
         for d in (dtype, src_dtype):
-            if d is not None and d.is_floating_point and d.itemsize == 1:  # None: Inductor left it out
+            if d is not None and d.is_floating_point and d.itemsize == 1:  # index_expr gives no source
                 _refused(f"to_dtype({d})")()
         expression = stock(self, src, dtype, src_dtype, *more, **kw)
-        narrows = dtype in _HALVES and src_dtype in (torch.float32, torch.float64)
-        return _call("narrowed", src, expression) if narrows else expression
+        if dtype in _HALVES and src_dtype in (torch.float32, torch.float64):
+            return _call("narrowed", src, expression)
+        if dtype in _BYTES and src_dtype not in (dtype, torch.bool):
+            return _call("low_bits", src, expression)
+        return expression
 
     return get_to_dtype_expr
 
@@ -310,6 +342,7 @@ def _check_flags() -> None:
         from bicompile.errors import OptionError
 
         raise OptionError(
-            f"cpp.enable_floating_point_contract_flag={contract!r}, cpp.enable_unsafe_math_opt_flag={unsafe!r}: expected "
-            f"'off' and False, because the C++ compiler would round differently from kernel to kernel. Unset both."
+            f"cpp.enable_floating_point_contract_flag={contract!r}, cpp.enable_unsafe_math_opt_flag={unsafe!r}: "
+            f"expected 'off' and False, because the C++ compiler would round differently from kernel to kernel. "
+            f"Unset both."
         )

@@ -88,6 +88,9 @@ BICOMPILE_INLINE auto each(const F& f, X... x) {
   BICOMPILE_INLINE auto name(X... x) {                                \
     return apply([](auto... v) { return math::name(v...); }, x...);   \
   }
+BICOMPILE_FUNCTION(add)
+BICOMPILE_FUNCTION(mul)
+BICOMPILE_FUNCTION(fused)
 BICOMPILE_FUNCTION(exp)
 BICOMPILE_FUNCTION(exp2)
 BICOMPILE_FUNCTION(expm1)
@@ -146,6 +149,54 @@ BICOMPILE_INLINE PackedN<Half, M> narrowed(PackedN<Real, N> from, PackedN<Half, 
   bool any = false;
   for (int i = 0; i < N; i++) any |= any_nan(unpack(from[i]));
   return any ? with_our_nan<Half, Real>(from, to) : to;
+}
+// The frequent cast, in full.
+#if defined(CPU_CAPABILITY_AVX512) && defined(BICOMPILE_AVX512)
+BICOMPILE_INLINE __m256i to_bfloat16(VecF a) {
+  __m512i u = _mm512_castps_si512(a.v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(r, nan, _mm512_set1_epi32(0x7fc0)));
+}
+BICOMPILE_INLINE Packed<c10::BFloat16> narrowed(Packed<float> from, Packed<c10::BFloat16>) {
+  return _mm512_castsi256_si512(to_bfloat16(unpack(from)));
+}
+BICOMPILE_INLINE Packed<c10::BFloat16> narrowed(PackedN<float, 2> from, Packed<c10::BFloat16>) {
+  __m512i low = _mm512_castsi256_si512(to_bfloat16(unpack(from[0])));
+  return _mm512_inserti64x4(low, to_bfloat16(unpack(from[1])), 1);
+}
+#endif
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------
+// Casts to 8 bits: at::vec saturates, scalar code takes the low bits.  The low bits it is.
+
+template <class Byte, class From>
+BICOMPILE_INLINE Byte low_bits(From from, Byte) {
+  if constexpr (std::is_integral_v<From>) return Byte(from);
+  return Byte(int32_t(from));
+}
+#if BICOMPILE_PACKED
+template <class Element, class Byte, class From, class To>
+BICOMPILE_INLINE To low_bits_of_each(From from, To to) {
+  Element in[From::size()];
+  Byte out[To::size()];
+  from.store(in);
+  to.store(out);
+  for (int i = 0; i < std::min(int(From::size()), int(To::size())); i++) out[i] = low_bits(in[i], out[i]);
+  return To::loadu(out);
+}
+template <class T, class Byte>
+BICOMPILE_INLINE Packed<Byte> low_bits(Packed<T> from, Packed<Byte> to) {
+  return low_bits_of_each<T, Byte>(from, to);
+}
+template <class T, int N, class Byte>
+BICOMPILE_INLINE Packed<Byte> low_bits(PackedN<T, N> from, Packed<Byte> to) {
+  return low_bits_of_each<T, Byte>(from, to);
+}
+template <class T, int N, class Byte, int M>
+BICOMPILE_INLINE PackedN<Byte, M> low_bits(PackedN<T, N> from, PackedN<Byte, M> to) {
+  return low_bits_of_each<T, Byte>(from, to);
 }
 #endif
 

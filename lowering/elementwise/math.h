@@ -302,6 +302,19 @@ BICOMPILE_INLINE Vec cos(Vec x) {
 // Exact operations whose NaN, signed zero or rounding differ between libraries; and libm's, lane by lane.
 
 template <class Vec>
+BICOMPILE_INLINE Vec add(Vec a, Vec b) {
+  return a + b;
+}
+template <class Vec>
+BICOMPILE_INLINE Vec mul(Vec a, Vec b) {
+  return a * b;
+}
+template <class Vec>
+BICOMPILE_INLINE Vec fused(Vec a, Vec b, Vec c) {
+  return fma(a, b, c);
+}
+
+template <class Vec>
 BICOMPILE_INLINE Vec rsqrt(Vec x) {
   return splat_as<Vec>(1) / sqrt(x);
 }

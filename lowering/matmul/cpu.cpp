@@ -18,8 +18,8 @@ std::string shape_of(const Tensor& t) {
 }
 
 void check_factors(const char* op, const Tensor& a, const Tensor& b, int64_t dim) {
-  STD_TORCH_CHECK(a.dim() == dim && b.dim() == dim, "bicompile::", op, ": expected two ", dim, "-D tensors, got shapes ",
-                  shape_of(a), " and ", shape_of(b), "; reshape them first");
+  STD_TORCH_CHECK(a.dim() == dim && b.dim() == dim, "bicompile::", op, ": expected two ", dim,
+                  "-D tensors, got shapes ", shape_of(a), " and ", shape_of(b), "; reshape them first");
   STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "bicompile::", op, ": expected one dtype, got ",
                   name_of(a.scalar_type()), " and ", name_of(b.scalar_type()), "; convert one of them");
   const bool fits = a.size(dim - 1) == b.size(dim - 2) && (dim == 2 || a.size(0) == b.size(0));

@@ -59,7 +59,8 @@ Schedule schedule_for(const Product<T>& p) {
   if (s.stream && !along) {
     s.chunk = kBlock;
     s.tile_rows = p.rows;
-    s.tile_columns = width * std::clamp<int64_t>(2 * p.batch * panels / wanted, 16, std::max<int64_t>(16, 256 / p.rows));
+    const int64_t most = std::max<int64_t>(16, 256 / p.rows);  // the sums of a block stay in L1
+    s.tile_columns = width * std::clamp<int64_t>(2 * p.batch * panels / wanted, 16, most);
     return s;
   }
   if (p.rows <= kFewRows) {
@@ -70,11 +71,12 @@ Schedule schedule_for(const Product<T>& p) {
     s.tile_columns = width * std::clamp<int64_t>(p.batch * panels / wanted, least, along ? 8 : 16);
     return s;
   }
-  s.chunk = Pack<T>::kPair * kBlock;
+  s.chunk = kBlock;
   const int64_t row_tiles = (p.rows + kTallRows - 1) / kTallRows;
   s.tile_rows = (p.rows + row_tiles - 1) / row_tiles;
   const int64_t column_tiles = (wanted + p.batch * row_tiles - 1) / (p.batch * row_tiles);
-  s.tile_columns = width * std::clamp<int64_t>(panels / column_tiles, std::min<int64_t>(4, panels), kTallColumns / width);
+  const int64_t least = std::min<int64_t>(4, panels);
+  s.tile_columns = width * std::clamp<int64_t>(panels / column_tiles, least, std::max(least, kTallColumns / width));
   return s;
 }
 
@@ -257,7 +259,8 @@ void stream_task(const Product<T>& p, const Schedule& s, const typename Pack<T>:
     finish(p, t.batch, t.row, t.rows, t.column, full, sums, full);
   }
   const int64_t rest = p.depth > 0 ? full : 0;
-  if (rest < t.columns) panel_task<T, by>(p, s, packed_left, {t.batch, t.row, t.rows, t.column + rest, t.columns - rest});
+  if (rest == t.columns) return;
+  panel_task<T, by>(p, s, packed_left, {t.batch, t.row, t.rows, t.column + rest, t.columns - rest});
 }
 
 template <class T, PairBy by>

@@ -130,8 +130,9 @@ BICOMPILE_INLINE Vec sum_of(Vec a, Vec b) {
 // a: packed rows, Pack<T>::kRowStride apart.  b: for each of `depth` elements, Vecs vectors, b_stride apart.
 // sum: Rows x Vecs vectors, rows sum_stride apart; overwritten where `first`, else added to.
 template <class T, PairBy by, int Rows, int Vecs>
-void multiply_tile(int depth, const typename Pack<T>::Element* __restrict a, const typename Pack<T>::Element* __restrict b,
-                   int64_t b_stride, typename Pack<T>::Element* __restrict sum, int64_t sum_stride, bool first) {
+void multiply_tile(int depth, const typename Pack<T>::Element* __restrict a,
+                   const typename Pack<T>::Element* __restrict b, int64_t b_stride,
+                   typename Pack<T>::Element* __restrict sum, int64_t sum_stride, bool first) {
   using Vec = typename Pack<T>::Vec;
   using Element = typename Pack<T>::Element;
   constexpr int kLanes = Pack<T>::kLanes;

@@ -209,7 +209,8 @@ void pack_rows(const Operand<T>& x, int64_t line, int count, int64_t k, int dept
           v[e] = splat(typename P::Element(0));
         } else {
           const bool odd = at_k + 1 < depth_k;
-          v[e] = plain ? load_across(from, x.k_stride, odd) : gather_across(from, x.line_stride, lanes, x.k_stride, odd);
+          v[e] = plain ? load_across(from, x.k_stride, odd)
+                       : gather_across(from, x.line_stride, lanes, x.k_stride, odd);
         }
       }
       transpose(v);

@@ -100,7 +100,8 @@ void stream_rows(const Operand<T>& right, int64_t column, int64_t columns, int64
     auto* into = k == 0 ? sums : part;
     int done = 0;
     for (; done + kStep <= block; done += kStep) {
-      add_elements<T, by, Rows, kCount>(right, column, columns, k + done, true, left + done / P::kPair, into, done == 0);
+      const auto* from = left + done / P::kPair;
+      add_elements<T, by, Rows, kCount>(right, column, columns, k + done, true, from, into, done == 0);
     }
     for (; done < block; done += P::kPair) {
       const bool odd = done + 1 < block;

@@ -1,8 +1,9 @@
 // Blocks of 32 numbers, and the one order in which a reduction combines them.
 //
-// The order: lane l of 32 combines the elements k = l, l + 32, l + 64, ... in ascending order, starting from the
-// neutral element; then the lanes halve: lane i takes lane i + 16, then i + 8, 4, 2, 1.  The reduced index k counts the
-// reduced elements in row-major order of the tensor's shape.
+// The order: the row is cut into sections of 4096 elements.  In each, lane l of 32 combines the elements k = l, l + 32,
+// l + 64, ... in ascending order, starting from the neutral element; the sections' lanes are combined in ascending
+// order, again from the neutral element; then the lanes halve: lane i takes lane i + 16, then i + 8, 4, 2, 1.  The
+// reduced index k counts the reduced elements in row-major order of the tensor's shape.
 //
 // Two walks realise it.  AlongRow takes 32 neighbouring elements of one row at a time, one for each lane; AcrossRows
 // takes element k of 32 neighbouring rows at a time, for tensors whose reduced dim is not the innermost.  A kernel is
@@ -18,6 +19,7 @@
 namespace bicompile {
 
 constexpr int kBlock = 32;
+constexpr int64_t kSection = 4096;  // long chains of additions lose digits: 128 steps, then a fresh start
 
 template <class S>
 struct Block {
@@ -107,24 +109,29 @@ BICOMPILE_INLINE Block<S> keep_first(Block<S> a, int count, S rest) {
   return a;
 }
 
-// How two partial results become one, for vectors and for blocks.
+// How two partial results become one, for vectors and for blocks.  Where that is exact, no order can show.
 struct Add {
+  static constexpr bool kExact = false;
   template <class V>
   BICOMPILE_INLINE V operator()(V a, V b) const { return a + b; }
 };
 struct Multiply {
+  static constexpr bool kExact = false;
   template <class V>
   BICOMPILE_INLINE V operator()(V a, V b) const { return a * b; }
 };
 struct Max {  // NaN wins, +0 is above -0
+  static constexpr bool kExact = true;
   template <class V>
   BICOMPILE_INLINE V operator()(V a, V b) const { return max_of(a, b); }
 };
 struct Min {
+  static constexpr bool kExact = true;
   template <class V>
   BICOMPILE_INLINE V operator()(V a, V b) const { return min_of(a, b); }
 };
 struct FastMax {  // ignores NaN; which zero wins is not said
+  static constexpr bool kExact = true;
   template <class V>
   BICOMPILE_INLINE V operator()(V a, V b) const { return greater(b, a); }
 };
@@ -155,11 +162,27 @@ struct AlongRow {
 
   template <class S, class Combine, class Get>
   BICOMPILE_INLINE Block<S> fold(const Combine& combine, S neutral, const Get& get) const {
-    Block<S> lanes = block_of(neutral);
+    Block<S> total = block_of(neutral);
     int64_t k = 0;
-    for (; k + kBlock <= n; k += kBlock) lanes = map(combine, lanes, get(k, kBlock));
-    if (k < n) lanes = map(combine, lanes, keep_first(get(k, int(n - k)), int(n - k), neutral));
-    return halve_lanes(lanes, combine);
+    if constexpr (Combine::kExact) {  // four chains at a time hide the latency of a comparison
+      Block<S> others[3] = {total, total, total};
+      for (; k + 4 * kBlock <= n; k += 4 * kBlock) {
+        total = map(combine, total, get(k, kBlock));
+        for (int i = 0; i < 3; i++) others[i] = map(combine, others[i], get(k + (i + 1) * kBlock, kBlock));
+      }
+      total = map(combine, map(combine, total, others[0]), map(combine, others[1], others[2]));
+    }
+    while (k < n) {
+      const int64_t end = n - k < kSection ? n : k + kSection;
+      Block<S> lanes = block_of(neutral);
+      for (; k + kBlock <= end; k += kBlock) lanes = map(combine, lanes, get(k, kBlock));
+      if (k < end) {
+        lanes = map(combine, lanes, keep_first(get(k, int(end - k)), int(end - k), neutral));
+        k = end;
+      }
+      total = map(combine, total, lanes);
+    }
+    return halve_lanes(total, combine);
   }
   template <class Put>
   BICOMPILE_INLINE void each(const Put& put) const {
@@ -195,9 +218,14 @@ struct AcrossRows {
     lanes[0] = block_of(neutral);
     const int used = int(n < kBlock ? n : kBlock);
     for (int lane = 0; lane < used; lane++) {
-      Block<S> sum = block_of(neutral);
-      for (int64_t k = lane; k < n; k += kBlock) sum = map(combine, sum, get(k, count));
-      lanes[lane] = sum;
+      Block<S> total = block_of(neutral);
+      for (int64_t start = 0; start < n; start += kSection) {
+        const int64_t end = n - start < kSection ? n : start + kSection;
+        Block<S> part = block_of(neutral);
+        for (int64_t k = start + lane; k < end; k += kBlock) part = map(combine, part, get(k, count));
+        total = map(combine, total, part);
+      }
+      lanes[lane] = total;
     }
     for (int half = kBlock / 2; half >= 1; half /= 2) {
       for (int i = 0; i < half && i + half < used; i++) lanes[i] = map(combine, lanes[i], lanes[i + half]);
@@ -219,7 +247,12 @@ struct RowsInput {
   int64_t step;
   const int64_t* table = nullptr;
   BICOMPILE_INLINE Block<S> operator()(int64_t k, int count) const {
-    return load_block<S>(p + (table ? table[k] : k * step), count);
+    const In* from = p + (table ? table[k] : k * step);
+    // The next block of columns, while its page is at hand: elements of one column lie pages apart.
+    for (size_t line = 0; line < kBlock * sizeof(In); line += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(from + kBlock) + line);
+    }
+    return load_block<S>(from, count);
   }
 };
 

@@ -69,7 +69,8 @@ void reduce_across_rows(const Plan& plan, int side, const In* x, const Output* o
   const int64_t step = plan.reduced.count ? plan.reduced.dim[0].stride : 0;
   const int64_t blocks = (width + kBlock - 1) / kBlock;
   const int64_t work = others_in.numel * width * n * Program::kCost;
-  parallel_tasks(others_in.numel * blocks, work, [&](int64_t task) {
+  const int64_t tasks = others_in.numel * blocks, blocks_per_task = blocks >= 32 ? 4 : 1;
+  auto one_block = [&](int64_t task) {
     const int64_t column = task % blocks * kBlock;
     const int count = int(std::min<int64_t>(kBlock, width - column));
     const In* from = x + Walk(others_in, task / blocks).offset + column;
@@ -85,6 +86,11 @@ void reduce_across_rows(const Plan& plan, int side, const In* x, const Output* o
       store_block(lanes, results[i], kBlock);
       for (int c = 0; c < count; c++) outputs[i].put(to + c * side_step_out, lanes[c]);
     }
+  };
+  // Neighbouring blocks stay on one thread: what one prefetches, the next one reads.
+  parallel_tasks((tasks + blocks_per_task - 1) / blocks_per_task, work, [&](int64_t task) {
+    const int64_t last = std::min(tasks, (task + 1) * blocks_per_task);
+    for (int64_t block = task * blocks_per_task; block < last; block++) one_block(block);
   });
 }
 
@@ -156,13 +162,13 @@ Tensor extremum(const char* op, const Tensor& x, const std::vector<int64_t>& dim
   Plan plan = plan_reduction(op, x, dim, keepdim);
   STD_TORCH_CHECK(plan.reduced.numel > 0 || plan.kept.numel == 0, "bicompile::", op,
                   ": expected at least one element to reduce, got an empty dim; nothing is the extremum of no numbers");
-  return reduce(op, x, plan, dtype, Program{})[0];
+  return reduce(op, x, plan, dtype, Program{false})[0];
 }
 Tensor amax(const Tensor& x, std::vector<int64_t> dim, bool keepdim, ScalarType dtype) {
-  return extremum<Extremum<Max, false>>("amax", x, dim, keepdim, dtype);
+  return extremum<Extremum<Max>>("amax", x, dim, keepdim, dtype);
 }
 Tensor amin(const Tensor& x, std::vector<int64_t> dim, bool keepdim, ScalarType dtype) {
-  return extremum<Extremum<Min, false>>("amin", x, dim, keepdim, dtype);
+  return extremum<Extremum<Min>>("amin", x, dim, keepdim, dtype);
 }
 
 std::tuple<Tensor, Tensor> var(const Tensor& x, std::vector<int64_t> dim, double correction, bool keepdim, bool sqrt) {
@@ -179,12 +185,10 @@ Tensor vector_norm(const Tensor& x, double ord, std::vector<int64_t> dim, bool k
                   "bicompile::vector_norm: expected at least one element for ord ", ord,
                   ", which has no identity, got an empty dim; use an ord in [0, inf)");
   auto run = [&](const auto& program) { return reduce("vector_norm", x, plan, dtype, program)[0]; };
-  if (ord == 0) return run(CountNonzero{});
-  if (ord == 1) return run(SumOfMagnitudes{});
   if (ord == 2) return run(SumOfSquares{Finish::kSquareRoot});
-  if (ord == kInfinity) return run(Extremum<Max, true>{});
-  if (ord == -kInfinity) return run(Extremum<Min, true>{});
-  return run(PowerNorm{ord});
+  if (ord == kInfinity) return run(Extremum<Max>{true});
+  if (ord == -kInfinity) return run(Extremum<Min>{true});
+  return run(Norm{ord});
 }
 
 Tensor logsumexp(const Tensor& x, std::vector<int64_t> dim, bool keepdim) {

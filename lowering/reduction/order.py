@@ -11,16 +11,19 @@ import torch
 class ReductionOrder:
     """Which partial results are combined with which.
 
-    Lane ``l`` of ``lanes`` combines the elements ``k = l, l + lanes, l + 2 * lanes, ...`` in ascending order, starting
-    from the operation's neutral element.  Then the lanes halve: lane ``i`` takes lane ``i + lanes / 2``, and so on
-    down to lane 0.  ``k`` counts the reduced elements in row-major order of the tensor's shape, wherever they lie in
-    memory.  Every operation is rounded to ``compute``; the result is rounded once more, to the output's dtype.
+    The row is cut into sections of ``section`` elements.  In each, lane ``l`` of ``lanes`` combines the elements
+    ``k = l, l + lanes, l + 2 * lanes, ...`` in ascending order, starting from the operation's neutral element.  The
+    lanes of the sections are combined in ascending order, again from the neutral element.  Then the lanes halve: lane
+    ``i`` takes lane ``i + lanes / 2``, and so on down to lane 0.  ``k`` counts the reduced elements in row-major order
+    of the tensor's shape, wherever they lie in memory.  Every operation is rounded to ``compute``; the result is
+    rounded once more, to the output's dtype.
     """
 
     lanes: int
+    section: int
     compute: torch.dtype
 
 
 def order_for(n: int, dtype: torch.dtype) -> ReductionOrder:
     """The order of a reduction of ``n`` elements in ``dtype``; today it is the same for every ``n``."""
-    return ReductionOrder(lanes=32, compute=torch.float64 if dtype == torch.float64 else torch.float32)
+    return ReductionOrder(lanes=32, section=4096, compute=torch.float64 if dtype == torch.float64 else torch.float32)

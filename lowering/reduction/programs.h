@@ -74,15 +74,17 @@ struct Product {
 };
 
 // The largest or smallest element or magnitude.  Exact, so its order cannot show.
-template <class Combine, bool kMagnitude>
+template <class Combine>
 struct Extremum {
   static constexpr int kOutputs = 1, kCost = 2;
+  bool of_magnitudes;
   template <class S, class Walk, class X>
   BICOMPILE_INLINE void operator()(const Walk& walk, const X& x, Block<S>* r) const {
     constexpr S kInfinity = std::numeric_limits<S>::infinity();
+    using Bits = BitsOf<S>;
+    const Block<S> kept = block_of(bit_cast<S>(of_magnitudes ? Bits(~Bits(0)) >> 1 : ~Bits(0)));  // all but the sign
     auto element = [&](int64_t k, int count) BICOMPILE_LAMBDA {
-      Block<S> v = x(k, count);
-      return kMagnitude ? abs(v) : v;
+      return map([](auto v, auto mask) BICOMPILE_LAMBDA { return bit_and(v, mask); }, x(k, count), kept);
     };
     r[0] = walk.fold(Combine{}, std::is_same_v<Combine, Max> ? -kInfinity : kInfinity, element);
   }
@@ -107,32 +109,14 @@ struct Variance {
   }
 };
 
-struct CountNonzero {
-  static constexpr int kOutputs = 1, kCost = 1;
-  template <class S, class Walk, class X>
-  BICOMPILE_INLINE void operator()(const Walk& walk, const X& x, Block<S>* r) const {
-    auto nonzero = [&](int64_t k, int count) BICOMPILE_LAMBDA {
-      return where_equal(x(k, count), block_of(S(0)), block_of(S(0)), block_of(S(1)));
-    };
-    r[0] = walk.fold(Add{}, S(0), nonzero);
-  }
-};
-
-struct SumOfMagnitudes {
-  static constexpr int kOutputs = 1, kCost = 1;
-  template <class S, class Walk, class X>
-  BICOMPILE_INLINE void operator()(const Walk& walk, const X& x, Block<S>* r) const {
-    auto magnitude = [&](int64_t k, int count) BICOMPILE_LAMBDA { return abs(x(k, count)); };
-    r[0] = walk.fold(Add{}, S(0), magnitude);
-  }
-};
-
-// (sum |x|**ord)**(1 / ord) by libm's pow, one number at a time: no vector function, no tail with other bits.
-struct PowerNorm {
-  static constexpr int kOutputs = 1, kCost = 100;
+// (sum |x|**ord)**(1 / ord), and the number of nonzero elements for ord 0.  Powers are libm's, one number at a time: no
+// vector function, no tail with other bits.
+struct Norm {
+  static constexpr int kOutputs = 1, kCost = 20;
   double ord;
+
   template <class S>
-  static Block<S> power(Block<S> a, S exponent) {
+  __attribute__((noinline)) static Block<S> power(Block<S> a, S exponent) {
     alignas(64) S lanes[kBlock];
     for (int i = 0; i < Block<S>::kVecs; i++) store(lanes + i * Block<S>::Vec::kLanes, a.v[i]);
     for (S& lane : lanes) lane = std::pow(lane, exponent);
@@ -140,8 +124,14 @@ struct PowerNorm {
   }
   template <class S, class Walk, class X>
   BICOMPILE_INLINE void operator()(const Walk& walk, const X& x, Block<S>* r) const {
-    auto powered = [&](int64_t k, int count) { return power(abs(x(k, count)), S(ord)); };
-    r[0] = power(walk.fold(Add{}, S(0), powered), S(1) / S(ord));
+    const Block<S> zero = block_of(S(0)), one = block_of(S(1));
+    auto element = [&](int64_t k, int count) BICOMPILE_LAMBDA {
+      const Block<S> v = x(k, count);
+      if (ord == 0) return where_equal(v, zero, zero, one);
+      return ord == 1 ? abs(v) : power(abs(v), S(ord));
+    };
+    r[0] = walk.fold(Add{}, S(0), element);
+    if (ord != 0 && ord != 1) r[0] = power(r[0], S(1) / S(ord));
   }
 };
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -30,10 +31,11 @@ def rows_of(x: Tensor, dim: Sequence[int], dtype: torch.dtype) -> Tensor:
 def fold(rows: Tensor, combine: Combine = torch.add, neutral: float = 0.0) -> Tensor:
     """Each row of ``rows``, reduced over the last dim in order; that dim stays, with size 1."""
     order = order_for(rows.shape[-1], rows.dtype)
-    padded = F.pad(rows, (0, -rows.shape[-1] % order.lanes), value=neutral).unflatten(-1, (-1, order.lanes))
-    lanes = torch.full((*rows.shape[:-1], order.lanes), neutral, dtype=rows.dtype)
-    for step in range(padded.shape[-2]):
-        lanes = combine(lanes, padded[..., step, :])
+    start = torch.full((*rows.shape[:-1], order.lanes), neutral, dtype=rows.dtype)
+    lanes = start
+    for section in rows.split(order.section, -1) if rows.shape[-1] else ():
+        padded = F.pad(section, (0, -section.shape[-1] % order.lanes), value=neutral)
+        lanes = combine(lanes, functools.reduce(combine, padded.split(order.lanes, -1), start))
     while lanes.shape[-1] > 1:
         lanes = combine(*lanes.chunk(2, -1))
     return lanes

@@ -32,8 +32,8 @@ def batch_invariant(target: Any = None, /, **compile_options: Any) -> Any:
     Args:
         target: a function or method; a subclass of ``nn.Module``, every instance of which then has its ``forward``
             compiled; or a module, which is wrapped and left unchanged.  Left out when options are given to a decorator.
-        compile_options: keyword arguments of ``torch.compile`` except ``backend``: ``dynamic``, ``fullgraph``, ``mode``,
-            ``options`` (see ``bicompile.config.parse_options``), ``disable``.
+        compile_options: keyword arguments of ``torch.compile`` except ``backend``: ``dynamic``, ``fullgraph``,
+            ``mode``, ``options`` (see ``bicompile.config.parse_options``), ``disable``.
 
     Returns:
         What was given, compiled; or, without ``target``, a decorator.

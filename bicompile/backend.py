@@ -34,7 +34,7 @@ def batch_invariant(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
-) -> Callable[..., Any]:
+) -> Any:
     """Compile a Dynamo graph so that a row's bits do not depend on the rows beside it.
 
     Called by ``torch.compile(..., backend="batch_invariant")``, which passes ``mode`` and ``options`` on.
@@ -68,7 +68,7 @@ def compile_graph(
     options: Options,
     certification: Certification,
     inner_compile: InnerCompile,
-) -> Callable[..., Any]:
+) -> Any:
     """Trace, lower and certify ``gm``, and hand each finished graph to ``inner_compile``."""
     native.load()
     pipeline = Pipeline(certification, cache_salt(options))

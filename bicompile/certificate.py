@@ -53,7 +53,7 @@ class Certificate:
         return tuple(node for node in self.nodes if node.kind == kind)
 
     def to_json(self, indent: int | None = 2) -> str:
-        """The certificate as JSON: ``ok``, ``counts`` by kind, ``graph_breaks``, ``batch_is_symbolic`` and ``nodes``."""
+        """As JSON: ``ok``, ``counts`` by kind, ``graph_breaks``, ``batch_is_symbolic`` and ``nodes``."""
         return json.dumps(
             {
                 "ok": self.ok,

@@ -107,8 +107,8 @@ class _LoweringMode(TorchDispatchMode):
         if not self._allow & {op_name(func), str(func)}:
             shapes = [tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             message = (
-                f"{func}: no batch-invariant form of this op is known; it got tensors of shapes {shapes}. Rewrite it with "
-                f"supported ops, or take responsibility for it with bicompile.eager(allow=[{op_name(func)!r}])."
+                f"{func}: no batch-invariant form of this op is known; it got tensors of shapes {shapes}. Rewrite it "
+                f"with supported ops, or take responsibility for it with bicompile.eager(allow=[{op_name(func)!r}])."
             )
             if self._on_refused == "error":
                 raise UnsupportedOpError(message)

@@ -37,7 +37,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Certificate:
     Raises:
         Whatever ``fn`` itself raises.
     """
-    fn = getattr(fn, "_orig_mod", None) or getattr(fn, "_torchdynamo_orig_callable", fn)
+    fn = _uncompiled(fn)
     args, kwargs = _with_symbolic_batch((args, kwargs))
     certification = Certification(on_refused="collect")
 
@@ -55,6 +55,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Certificate:
         _run_backward(fn, result, (args, kwargs))
     new_breaks = [reason for reason, count in counters["graph_break"].items() if count > breaks.get(reason, 0)]
     return Certificate(tuple(certification.nodes), tuple(new_breaks), bool(certification.batch))
+
+
+def _uncompiled(fn: Any) -> Callable[..., Any]:
+    """The function or module that ``torch.compile`` was given."""
+    return getattr(fn, "_orig_mod", None) or getattr(fn, "_torchdynamo_orig_callable", fn)
 
 
 def _with_symbolic_batch(arguments: Any) -> Any:

@@ -4,13 +4,22 @@ if __name__ != "bicompile.lowering":
     raise ImportError("import bicompile.lowering, not lowering")
 
 # Importing an op module defines its schemas, which the passes name.
-from .attention import op as attention
-from .elementwise import op as elementwise
-from .matmul import op as matmul
-from .norm import op as norm
-from .reduction import op as reduction
-from .scan import op as scan
-from .scatter import op as scatter
-from .softmax import op as softmax
+from .attention import op as attention_op
+from .elementwise import op as elementwise_op
+from .matmul import op as matmul_op
+from .norm import op as norm_op
+from .reduction import op as reduction_op
+from .scan import op as scan_op
+from .scatter import op as scatter_op
+from .softmax import op as softmax_op
 
-__all__ = ["attention", "elementwise", "matmul", "norm", "reduction", "scan", "scatter", "softmax"]
+__all__ = [
+    "attention_op",
+    "elementwise_op",
+    "matmul_op",
+    "norm_op",
+    "reduction_op",
+    "scan_op",
+    "scatter_op",
+    "softmax_op",
+]

@@ -8,8 +8,8 @@ After::
 
     addmm: "bf16[s0, 64]" = torch.ops.bicompile.addmm.default(bias, x, weight, 1.0, 1.0)
 
-The same for ``mm``, ``bmm`` and ``baddbmm``; everything else that contracts (``linear``, ``matmul``, ``einsum``, ``mv``,
-``dot``) reaches this pass as one of the four.
+The same for ``mm``, ``bmm`` and ``baddbmm``; everything else that contracts (``linear``, ``matmul``, ``einsum``,
+``mv``, ``dot``) reaches this pass as one of the four.
 Left alone: integer products, which are exact in any order.
 Numerics: changed (one order for all four, see ``lowering.matmul.order``).  Shape, dtype and strides: unchanged.
 """

@@ -36,9 +36,7 @@ def _layer_norm(op: OpOverload, args: dict[str, Any]) -> Replacement | None:
     if not is_real(args["input"]):
         return None
     dims = len(args["normalized_shape"])
-    return Replacement(
-        bicompile.layer_norm.default, (args["input"], dims, args["weight"], args["bias"], args["eps"])
-    )
+    return Replacement(bicompile.layer_norm.default, (args["input"], dims, args["weight"], args["bias"], args["eps"]))
 
 
 def _group_norm(op: OpOverload, args: dict[str, Any]) -> Replacement | None:

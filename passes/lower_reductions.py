@@ -56,7 +56,12 @@ def _sum(op: OpOverload, args: dict[str, Any]) -> Replacement | None:
 
 def _square_root_of(x: Any, dtype: torch.dtype) -> Node | None:
     """``y`` where ``x`` is ``y * y`` in the dtype of the accumulator."""
-    if not isinstance(x, Node) or x.op != "call_function" or value(x).dtype not in (torch.float32, torch.float64) or dtype != value(x).dtype:
+    if (
+        not isinstance(x, Node)
+        or x.op != "call_function"
+        or value(x).dtype not in (torch.float32, torch.float64)
+        or dtype != value(x).dtype
+    ):
         return None
     is_power = x.target is aten.pow.Tensor_Scalar and x.args[1] == 2
     is_product = x.target is aten.mul.Tensor and x.args[0] is x.args[1]

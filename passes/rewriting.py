@@ -1,8 +1,8 @@
 """Replace nodes by rules: what every lowering pass has in common.
 
 A rule is a function from an op and its arguments to the ``Replacement`` that computes the same value, or ``None`` to
-leave the op alone.  The arguments hold nodes where a graph is rewritten and tensors where ``bicompile.eager()`` runs the
-op at once; a rule asks ``value`` for what it needs of either, and so serves both.
+leave the op alone.  The arguments hold nodes where a graph is rewritten and tensors where ``bicompile.eager()`` runs
+the op at once; a rule asks ``value`` for what it needs of either, and so serves both.
 """
 
 from __future__ import annotations
@@ -135,10 +135,10 @@ def converted(x: Any, dtype: torch.dtype) -> Any:
 
 
 def replace_outputs(node: Node, outputs: Sequence[Node | None]) -> None:
-    """Put ``outputs[i]`` in place of the i-th result of ``node`` and erase it; None stands for a result not asked for."""
+    """Put ``outputs[i]`` in place of the i-th result of ``node`` and erase it; None: nobody asked for that result."""
     for user in list(node.users):
         assert user.target is operator.getitem, f"{user.format_node()} takes all results of {node.format_node()}"
-        new = outputs[user.args[1]]  # type: ignore[index]
+        new = outputs[user.args[1]]
         if new is not None:
             with node.graph.inserting_before(user):
                 user.replace_all_uses_with(like_before(user, new, value(user)))

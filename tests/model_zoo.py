@@ -46,14 +46,12 @@ class OrdinaryBlock(nn.Module):
         self.norm_1, self.norm_2 = nn.LayerNorm(HIDDEN), nn.RMSNorm(HIDDEN)
         self.qkv, self.out = nn.Linear(HIDDEN, 3 * HIDDEN), nn.Linear(HIDDEN, HIDDEN)
         self.up, self.down = nn.Linear(HIDDEN, INNER), nn.Linear(INNER, HIDDEN)
-        self.mix = nn.MultiheadAttention(HIDDEN, HEADS, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, hidden = x.shape
         q, k, v = self.qkv(self.norm_1(x)).view(batch, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
         x = x + self.out(attended.reshape(batch, tokens, hidden))
-        x = x + self.mix(x, x, x, need_weights=False)[0]
         return x + self.down(F.gelu(self.up(self.norm_2(x)))) + F.softplus(x).mean(1, keepdim=True)
 
 

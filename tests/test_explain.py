@@ -13,7 +13,9 @@ import bicompile
 
 
 def _cross_batch_ops(fn, *args):
-    return {node.op.removeprefix("bicompile.").removesuffix(".default") for node in bicompile.explain(fn, *args).cross_batch}
+    return {
+        node.op.removeprefix("bicompile.").removesuffix(".default") for node in bicompile.explain(fn, *args).cross_batch
+    }
 
 
 LINEAR = nn.Linear(32, 16)

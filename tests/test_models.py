@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 
 # By sizes: 4 makes a static graph, 1 the graph of one row, 3 and 2 a dynamic one.
 STATIC = ("again", "permuted", "nan", "alone", "duplicated", "offset")
-COMPANY = (*STATIC, "sub-batch")
+COMPANY = (*STATIC, "sub-batch", "autograd")
 
 
 def compile_it(module: nn.Module, dynamic: bool | None = None) -> nn.Module:
@@ -45,7 +45,8 @@ def test_rows_keep_their_bits_in_bfloat16_with_dynamic_shapes(model: Model):
 def test_rows_keep_their_bits_in_other_dtypes(dtype: torch.dtype):
     model = MODELS["ordinary"]
     compiled = compile_it(model.module(dtype))
-    assert_batch_invariant(compiled, model.rows(4, dtype), check_input_grad=True, situations=["again", "nan"])
+    with torch.no_grad():
+        assert_batch_invariant(compiled, model.rows(4, dtype), situations=["again", "permuted", "nan"])
 
 
 def test_static_and_dynamic_graphs_give_the_same_bits():
@@ -141,12 +142,10 @@ def test_llama_does_not_see_left_padding():
             assert same_bits(compiled(**_left_padded(ids, padding)).logits[:, padding:], plain), f"{padding=}"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_llama_prefills_as_it_decodes(dtype: torch.dtype):
+def test_llama_prefills_as_it_decodes():
     from transformers import DynamicCache
 
-    model = Model("llama", llama).module(dtype)
-    compiled = compile_it(model, dynamic=True)
+    compiled = compile_it(Model("llama", llama).module(torch.float32), dynamic=True)
     batch = _left_padded(_tokens(2, PROMPT), 3)
     length = batch["input_ids"].shape[1]
 

@@ -78,9 +78,7 @@ def parameters(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> tuple[T
 
 
 @given(case=cases(1), data=st.data())
-def test_layer_norm_has_the_bits_of_its_reference(
-    case: tuple[Tensor, Tensor, torch.dtype, int], data: st.DataObject
-):
+def test_layer_norm_has_the_bits_of_its_reference(case: tuple[Tensor, Tensor, torch.dtype, int], data: st.DataObject):
     x, grad, dtype, seed = case
     dims = data.draw(st.integers(1, x.dim()), label="normalized dims")
     weight, bias = parameters(tuple(x.shape[-dims:]), dtype, seed)
@@ -90,9 +88,7 @@ def test_layer_norm_has_the_bits_of_its_reference(
 
 
 @given(case=cases(2), data=st.data())
-def test_group_norm_has_the_bits_of_its_reference(
-    case: tuple[Tensor, Tensor, torch.dtype, int], data: st.DataObject
-):
+def test_group_norm_has_the_bits_of_its_reference(case: tuple[Tensor, Tensor, torch.dtype, int], data: st.DataObject):
     x, grad, dtype, seed = case
     channels = x.shape[1]
     groups = data.draw(st.sampled_from([g for g in range(1, channels + 1) if channels % g == 0]), label="groups")
@@ -207,7 +203,10 @@ def test_statistics_have_atens_shapes_and_the_type_computed_in(dtype: torch.dtyp
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x, w: ops.layer_norm(x, 3, None, None, EPS), r"layer_norm: expected normalized_dims in \[1, 2\], got 3"),
+        (
+            lambda x, w: ops.layer_norm(x, 3, None, None, EPS),
+            r"layer_norm: expected normalized_dims in \[1, 2\], got 3",
+        ),
         (lambda x, w: ops.layer_norm(x.int(), 1, None, None, EPS), "layer_norm: expected x in float32"),
         (lambda x, w: ops.layer_norm(x, 1, w.int(), None, EPS), "layer_norm: expected weight in float32"),
         (lambda x, w: ops.group_norm(x, 4, None, None, EPS), "group_norm: expected groups to divide the 6 channels"),

@@ -193,8 +193,6 @@ def test_entry_points_name_what_exists(installed: Path, tmp_path: Path):
 def test_constraints_meet_the_declared_torch_range():
     requirements = pytest.importorskip("packaging.requirements")
     (torch,) = [r for r in PROJECT["project"]["dependencies"] if r.startswith("torch")]
-    pins = [
-        line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")
-    ]
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")]
     assert len(pins) == 1
     assert requirements.Requirement(torch).specifier.contains(pins[0].removeprefix("torch=="))

@@ -118,13 +118,13 @@ def test_softmax_of_a_transposed_input_keeps_its_strides():
 
 def test_norms_and_their_gradients_are_lowered():
     weight, bias = torch.randn(6), torch.randn(6)
-    assert lowered(
-        lower_norms.lower_norms_pass, lambda x, w, b: F.layer_norm(x, (6,), w, b), X, weight, bias
-    ) == ["layer_norm"]
+    assert lowered(lower_norms.lower_norms_pass, lambda x, w, b: F.layer_norm(x, (6,), w, b), X, weight, bias) == [
+        "layer_norm"
+    ]
     image = torch.randn(2, 6, 4, 4)
-    assert lowered(
-        lower_norms.lower_norms_pass, lambda x, w, b: F.group_norm(x, 3, w, b), image, weight, bias
-    ) == ["group_norm"]
+    assert lowered(lower_norms.lower_norms_pass, lambda x, w, b: F.group_norm(x, 3, w, b), image, weight, bias) == [
+        "group_norm"
+    ]
 
     def gradients(x, w, b, mean, rstd, mask):
         return torch.ops.aten.native_layer_norm_backward(x, x, [6], mean, rstd, w, b, mask)

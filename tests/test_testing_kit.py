@@ -388,7 +388,7 @@ def test_outputs_without_rows_only_have_to_repeat():
 @pytest.mark.parametrize("situation", SITUATIONS)
 def test_each_situation_runs_by_itself(situation: str):
     calls = []
-    assert_batch_invariant(lambda x: calls.append(1) or x.abs(), rows(), situations=[situation])
+    assert_batch_invariant(lambda x: calls.append(1) or x.abs(), rows(), situations=[situation], check_input_grad=True)
     assert len(calls) > 1
 
 

@@ -26,7 +26,7 @@ def independent_sizes() -> contextlib.AbstractContextManager[None]:
     return torch.fx.experimental._config.patch(use_duck_shape=False)
 
 
-def share_layers(model: nn.Module, compile: Compiler) -> None:
+def share_layers(model: Any, compile: Compiler) -> None:
     """Rewire ``model`` (a ``LlamaForCausalLM``), in place, to run on three compiled functions.
 
     Run the model inside :func:`independent_sizes`, and with a cache.
@@ -85,7 +85,7 @@ def _rotary(rotary: nn.Module, like: Tensor, positions: Tensor) -> tuple[Tensor,
 class _SharedLayer(nn.Module):
     """Layer ``index`` of the model: unpacks the cache that transformers hands it and calls the shared graph."""
 
-    def __init__(self, layer: nn.Module, index: int, run: Callable[..., Any]) -> None:
+    def __init__(self, layer: Any, index: int, run: Callable[..., Any]) -> None:
         super().__init__()
         self.layer, self.index, self.run = layer, index, run
         layer.self_attn.layer_idx = 0  # else the number would be a constant of the graph

@@ -11,7 +11,7 @@ from torch import Tensor
 
 # again: unchanged.  alone: one row, also off alignment.  permuted: reversed, rotated, shuffled.  sub-batch: rows left
 # out.  duplicated: one row repeated, in memory or by stride 0.  nan ... zero: every other row replaced.  offset ...
-# transposed: layouts.LAYOUTS.
+# transposed: layouts.LAYOUTS.  autograd: the forward without it, where gradients are checked.
 SITUATIONS = (
     "again",
     "alone",
@@ -26,6 +26,7 @@ SITUATIONS = (
     "offset",
     "strided",
     "transposed",
+    "autograd",
 )
 
 FILLS = ("nan", "inf", "huge", "denormal", "zero")
@@ -75,10 +76,12 @@ def situations_for(num_rows: int, names: Sequence[str]) -> Iterator[Situation]:
         if name not in SITUATIONS:
             raise ValueError(f"situations: expected names out of {', '.join(SITUATIONS)}, got {name!r}")
     for name in names:
-        if num_rows > 0:
+        if name == "again":
+            yield Situation(name, "when run again", tuple(range(num_rows)))
+        elif name == "autograd":
+            yield Situation(name, "without autograd", tuple(range(num_rows)))
+        elif num_rows > 0:
             yield from _situations_called(name, num_rows)
-        elif name == "again":
-            yield Situation(name, "when run again", ())
 
 
 def fill_rows(t: Tensor, batch_dim: int, rows: Sequence[int], fill: str) -> None:
@@ -107,9 +110,7 @@ def _put(t: Tensor, batch_dim: int, rows: Sequence[int], value: float) -> None:
 
 def _situations_called(name: str, num_rows: int) -> Iterator[Situation]:
     whole = tuple(range(num_rows))
-    if name == "again":
-        yield Situation(name, "when run again", whole)
-    elif name == "alone":
+    if name == "alone":
         for row in whole:
             yield Situation(name, "alone", (row,))
         yield Situation(name, "alone at an unaligned storage offset", (0,), layout="offset")

@@ -60,7 +60,9 @@ def _models(report: Report, seconds: float) -> Iterator[Row]:
         compile_times = {name: _first_calls(model) for name, model in (("ours", ours), ("theirs", theirs))}
         if against == "inductor":
             ratio = compile_times["theirs"] / compile_times["ours"]
-            yield Row("compile, 4 graphs of a layer", against, ratio, extra={f"{k}_s": v for k, v in compile_times.items()})
+            yield Row(
+                "compile, 4 graphs of a layer", against, ratio, extra={f"{k}_s": v for k, v in compile_times.items()}
+            )
             report.summarise("compile time: inductor's / ours (at least 1/1.5)", ratio, 0.667)
         name = str(dtype).removeprefix("torch.")
         for kind in ("decode", "prefill"):
@@ -73,7 +75,7 @@ def _models(report: Report, seconds: float) -> Iterator[Row]:
 
 
 def _first_calls(model: Any) -> float:
-    """Seconds of the first call at each specialisation: one row and many, one token and many; the kernels are loaded."""
+    """Seconds of the first call at each specialisation: one row and many, one token and many."""
     start = time.perf_counter()
     for batch in (2, 1):
         for run in (_decode(model, batch), _prefill(model, batch)):

@@ -50,9 +50,7 @@ def _check_normalized_dims(op: str, x: Tensor, normalized_dims: int) -> None:
 def _check_groups(op: str, x: Tensor, groups: int) -> None:
     torch._check_value(
         x.dim() >= 2,
-        lambda: (
-            f"bicompile::{op}: expected x of rank 2 or more, [N, C, ...], got rank {x.dim()}; add the missing dims"
-        ),
+        lambda: f"bicompile::{op}: expected x of rank 2 or more, [N, C, ...], got rank {x.dim()}; add the missing dims",
     )
     torch._check_value(
         groups > 0 and x.shape[1] % groups == 0,
@@ -110,9 +108,7 @@ def _(
 
 
 @torch.library.register_fake("bicompile::group_norm", lib=_LIB)
-def _(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     _check_dtypes("group_norm", x=x, weight=weight, bias=bias)
     _check_groups("group_norm", x, groups)
     _check_parameters("group_norm", x.shape[1:2], weight=weight, bias=bias)
@@ -128,9 +124,7 @@ def _(grad: Tensor, x: Tensor, groups: int, mean: Tensor, rstd: Tensor, weight: 
 
 
 @torch.library.register_fake("bicompile::group_norm_backward_params", lib=_LIB)
-def _(
-    grad: Tensor, x: Tensor, groups: int, mean: Tensor, rstd: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, x: Tensor, groups: int, mean: Tensor, rstd: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     _check_dtypes("group_norm_backward_params", grad=grad, x=x, mean=mean, rstd=rstd)
     check_floating("group_norm_backward_params", "dtype", dtype)
     _check_groups("group_norm_backward_params", x, groups)

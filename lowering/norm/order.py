@@ -1,4 +1,4 @@
-"""The order of a norm: that of a reduction for its statistics and for the sums of its gradients; the rest is pointwise."""
+"""The order of a norm: that of a reduction for its statistics and the sums of its gradients; the rest is pointwise."""
 
 from bicompile.lowering.reduction.order import ReductionOrder, order_for
 

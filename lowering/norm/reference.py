@@ -39,8 +39,8 @@ def layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     first = x.dim() - normalized_dims
     rows = x.to(order_for(0, x.dtype).compute).flatten(first)
-    flat = [t if t is None else t.flatten() for t in (weight, bias)]
-    y, mean, rstd = _norm(rows, *flat, eps)
+    flat_weight, flat_bias = (None if t is None else t.flatten() for t in (weight, bias))
+    y, mean, rstd = _norm(rows, flat_weight, flat_bias, eps)
     shape = (*x.shape[:first], *([1] * normalized_dims))
     return canonical(y.reshape(x.shape).to(x.dtype)), canonical(mean.reshape(shape)), canonical(rstd.reshape(shape))
 

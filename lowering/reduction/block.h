@@ -31,18 +31,23 @@ struct Block {
 // f(vector) or f(vector, vector, ...) for the vectors of one or more blocks; unrolled, so that blocks live in registers.
 template <class F, class S, class... Rest>
 BICOMPILE_INLINE Block<S> map(const F& f, Block<S> a, Rest... rest) {
+#if defined(BICOMPILE_AVX512) || defined(BICOMPILE_AVX2)
   return [&]<size_t... I>(std::index_sequence<I...>) BICOMPILE_LAMBDA {
     auto at = [&]<size_t J>(std::integral_constant<size_t, J>) BICOMPILE_LAMBDA { return f(a.v[J], rest.v[J]...); };
     return Block<S>{{at(std::integral_constant<size_t, I>())...}};
   }(std::make_index_sequence<Block<S>::kVecs>());
+#else
+  Block<S> r;
+#pragma GCC unroll 1
+  for (int i = 0; i < Block<S>::kVecs; i++) r.v[i] = f(a.v[i], rest.v[i]...);
+  return r;
+#endif
 }
 
 template <class S>
 BICOMPILE_INLINE Block<S> block_of(S x) {
   auto v = splat(x);
-  return [&]<size_t... I>(std::index_sequence<I...>) BICOMPILE_LAMBDA {
-    return Block<S>{{(void(I), v)...}};
-  }(std::make_index_sequence<Block<S>::kVecs>());
+  return map([v](auto) BICOMPILE_LAMBDA { return v; }, Block<S>());
 }
 
 template <class S>
@@ -155,6 +160,16 @@ BICOMPILE_INLINE Block<S> halve_lanes(Block<S> a, const Combine& combine) {
   return block_of(S(first_lane(r)));
 }
 
+// The same for 32 rows: lanes[l] holds lane l of each.  Lanes from `used` on hold the neutral element, combining with
+// which changes nothing: they are skipped.
+template <class S, class Combine>
+__attribute__((noinline)) Block<S> halve_blocks(Block<S>* lanes, int used, const Combine& combine) {
+  for (int half = kBlock / 2; half >= 1; half /= 2) {
+    for (int i = 0; i < half && i + half < used; i++) lanes[i] = map(combine, lanes[i], lanes[i + half]);
+  }
+  return lanes[0];
+}
+
 // A walk over one row of n elements.  Everywhere, get(k, count) gives a block of which the first `count` lanes count,
 // and put(k, count) consumes them; `fold` returns a block that holds the result in every lane.
 struct AlongRow {
@@ -213,7 +228,6 @@ struct AcrossRows {
  private:
   template <class S, class Combine, class Get>
   BICOMPILE_INLINE Block<S> fold_rows(const Combine& combine, S neutral, const Get& get, int count) const {
-    // Lanes that no element reaches hold the neutral element, and combining with it changes nothing: they are skipped.
     Block<S> lanes[kBlock];
     lanes[0] = block_of(neutral);
     const int used = int(n < kBlock ? n : kBlock);
@@ -227,10 +241,7 @@ struct AcrossRows {
       }
       lanes[lane] = total;
     }
-    for (int half = kBlock / 2; half >= 1; half /= 2) {
-      for (int i = 0; i < half && i + half < used; i++) lanes[i] = map(combine, lanes[i], lanes[i + half]);
-    }
-    return lanes[0];
+    return halve_blocks(lanes, used, combine);
   }
 };
 

@@ -102,7 +102,7 @@ class _SharedLayer(nn.Module):
         if slot.is_initialized:
             past = [_time_first(slot.keys), _time_first(slot.values)]
         else:
-            attention = self.layer.self_attn
+            attention: Any = self.layer.self_attn
             heads = attention.config.num_key_value_heads
             past = [hidden.new_empty(0, len(hidden), heads, attention.head_dim) for _ in range(2)]
             slot.lazy_initialization(*past)

@@ -20,8 +20,8 @@ from .config import Options, cache_salt, parse_options, pinned_settings
 from .decompositions import decomposition_table
 from .errors import raising_through_dynamo
 from .interception import intercept_attention
-from .lowering import native
 from .lowering.elementwise.codegen_cpu import materialise_headers, pinned_cpu_codegen
+from .lowering.loading import load_cpu
 from .passes.certify import Certification
 from .passes.pipeline import Pipeline
 
@@ -70,7 +70,7 @@ def compile_graph(
     inner_compile: InnerCompile,
 ) -> Any:
     """Trace, lower and certify ``gm``, and hand each finished graph to ``inner_compile``."""
-    native.load()
+    load_cpu()
     pipeline = Pipeline(certification, cache_salt(options))
     settings = {**options.inductor, **pinned_settings(), "post_grad_custom_post_pass": pipeline}
     with intercept_attention(), _decomposing_our_way():

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_leaves
 from .decompositions import decomposition_table
 from .errors import UnsupportedOpError
 from .interception import intercept_attention
-from .lowering import native
 from .lowering.elementwise.op import PINNED_BINARY, PINNED_UNARY
+from .lowering.loading import load_cpu
 from .passes.lower_norms import BACKWARD_RULES
 from .passes.op_classes import exact_by_name, is_view, op_name
 from .passes.pipeline import RULES
@@ -61,7 +61,7 @@ def eager(*, allow: Iterable[str] = (), on_refused: Literal["error", "warn"] = "
         UnsupportedOpError: an op inside is not proven, and not allowed.
         NativeBuildError: the CPU kernels cannot be built.
     """
-    native.load()
+    load_cpu()
     mode = _LoweringMode(frozenset(allow), on_refused)
     with intercept_attention(), enable_python_dispatcher(), mode:
         yield

@@ -100,12 +100,12 @@ def _tokens(batch: int, length: int) -> Tensor:
 
 def _prefill(model: Any, batch: int, rows: int | None = None) -> Callable[[], Tensor]:
     tokens = _tokens(batch, PREFILL)[:rows]
-    return lambda: model(input_ids=tokens, past_key_values=DynamicCache(), logits_to_keep=1).logits
+    return lambda: model(input_ids=tokens, past_key_values=DynamicCache(config=model.config), logits_to_keep=1).logits
 
 
 def _decode(model: Any, batch: int, rows: int | None = None) -> Callable[[], Tensor]:
     """One step behind a prompt; the cache is put back to the prompt's length each time."""
-    cache, tokens = DynamicCache(), _tokens(batch, PROMPT)[:rows]
+    cache, tokens = DynamicCache(config=model.config), _tokens(batch, PROMPT)[:rows]
     model(input_ids=tokens, past_key_values=cache, logits_to_keep=1)
     step = tokens[:, -1:].contiguous()
 

@@ -61,7 +61,7 @@ Tensor new_output(const Problem& p, ScalarType dtype) {
   const int64_t sizes[4] = {p.batch, p.heads, p.queries, p.value_depth};
   const int64_t strides[4] = {query * at_least_one(p.queries), row, query, 1};
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, int32_t(torch::stable::detail::from(dtype)),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(4, sizes, strides, int32_t(torch::stable::detail::from(dtype)),
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }

@@ -100,7 +100,7 @@ bool is_dense(const Shape& s) {
 
 Tensor new_like(const Shape& s, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       int64_t(s.sizes.size()), s.sizes.data(), s.strides.data(), int32_t(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);

@@ -29,7 +29,7 @@ inline Tensor new_tensor(const std::vector<int64_t>& sizes, ScalarType dtype) {
   }
   AtenTensorHandle handle = nullptr;
   // Straight to the allocator: half the cost of aten::empty through the dispatcher.
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       int64_t(sizes.size()), sizes.data(), strides.data(),
       int32_t(torch::stable::detail::from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);

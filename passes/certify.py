@@ -67,7 +67,7 @@ class Certification:
 
     Attributes:
         allow: op names, with or without overload, that the user takes responsibility for.
-        on_refused: ``error`` raises, ``warn`` warns once per op, ``collect`` does neither.
+        on_refused: ``error`` raises, ``warn`` warns once for each graph, ``collect`` does neither.
         batch: the sympy symbols of the batch size; empty where the graph was traced with a fixed batch.
         nodes: every node certified so far, over all graphs.
     """

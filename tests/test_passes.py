@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -204,8 +202,6 @@ def test_certify_works_by_allowlist():
 
 
 def test_pipeline_reaches_every_pass_and_has_a_uuid():
-    names = {name for name, _ in inspect.getmembers(lower_matmuls, inspect.isfunction)}
-    assert "lower_matmuls_pass" in names
     assert Pipeline(Certification(), "salt").uuid() == "salt"
     gm = graph_of(lambda x, y: F.layer_norm((x @ y).softmax(-1), (5,)).cumsum(-1).mean(), X, Y)
     Pipeline(Certification(), "salt")(gm.graph)

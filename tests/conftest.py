@@ -23,6 +23,11 @@ settings.register_profile("soak", settings.get_profile("dev"), max_examples=1000
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--all-schedules``: see tests/test_gpu_compiles.py."""
+    parser.addoption("--all-schedules", action="store_true", help="compile every GPU schedule, not a sample")
+
+
 @pytest.fixture(autouse=True)
 def _fresh_dynamo() -> Iterator[None]:
     """Forget what the test compiled: a test must not hit another's graphs, nor its recompilation limit."""

@@ -1,0 +1,98 @@
+"""Every schedule compiles for every architecture that it is meant for, within its shared memory: no GPU needed.
+
+All of them take an hour, so a run draws a sample, another one every day: the seed is printed, and
+``BICOMPILE_SAMPLE_SEED`` repeats it.  ``--all-schedules`` compiles all.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+from collections import defaultdict
+
+import pytest
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from bicompile.lowering.gpu.ahead import SHARED_MEMORY, Compilation, all_cases, compile_for
+
+CAPABILITIES = (80, 90, 100)
+SAMPLE = 1
+"""Compilations of each family and capability in one run."""
+
+
+@triton.jit
+def _copy_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    """``out[i] = x[i]`` for ``i < n``."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, tl.load(x_ptr + i, mask=i < n), mask=i < n)
+
+
+@triton.jit
+def _wrong_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    """Adds vectors of two lengths, which no compiler accepts."""
+    tl.store(out_ptr, tl.arange(0, BLOCK) + tl.arange(0, 2 * BLOCK))
+
+
+def _sample(cases: list[tuple[Compilation, int]], seed: str) -> list[tuple[Compilation, int]]:
+    """A few for each family and capability; the same ones for the same seed."""
+    groups: dict[tuple[str, int], list[Compilation]] = defaultdict(list)
+    for case, capability in cases:
+        groups[case.kernel.fn.__module__.split(".")[2], capability].append(case)
+    draw = random.Random(seed)
+    return [
+        (case, capability)
+        for (_, capability), group in sorted(groups.items(), key=lambda item: item[0])
+        for case in draw.sample(group, min(SAMPLE, len(group)))
+    ]
+
+
+def test_schedules_compile_and_fit(request):
+    cases = [(case, capability) for case in all_cases() for capability in CAPABILITIES if capability >= case.needs]
+    if not request.config.getoption("--all-schedules"):
+        seed = os.environ.get("BICOMPILE_SAMPLE_SEED") or datetime.date.today().isoformat()
+        print(f"BICOMPILE_SAMPLE_SEED={seed}")
+        cases = _sample(cases, seed)
+    failures = []
+    for case, capability in cases:
+        found = compile_for(case, capability)
+        if found.error:
+            failures.append(f"{case.name} for sm_{capability}: {found.error}")
+        elif found.shared > SHARED_MEMORY[capability]:
+            failures.append(
+                f"{case.name} for sm_{capability}: {found.shared} bytes of shared memory, which has "
+                f"{SHARED_MEMORY[capability]}"
+            )
+        print(f"sm_{capability} {case.name}: {found}")
+    assert not failures, "\n".join(failures)
+
+
+def test_a_kernel_that_fits_and_one_that_does_not_compile_are_told_apart():
+    types = {"x_ptr": "*fp32:16", "out_ptr": "*fp32", "n": "i32"}
+    good = compile_for(Compilation("copy", _copy_kernel, types, {"BLOCK": 256}, 4, 1), 90)
+    assert not good.error and good.registers > 0 and good.stack == 0
+    wrong = compile_for(Compilation("wrong", _wrong_kernel, types, {"BLOCK": 16}, 4, 1), 90)
+    assert wrong.error
+
+
+def test_divisibility_reaches_the_compiler():
+    types = {"x_ptr": "*fp32:16", "out_ptr": "*fp32:16", "n": "i32:16"}
+    aligned = Compilation("aligned", _copy_kernel, types, {"BLOCK": 512}, 4, 1)
+    loose = Compilation("loose", _copy_kernel, {name: t[:-3] for name, t in types.items()}, {"BLOCK": 512}, 4, 1)
+    vector, scalar = (triton_text(case) for case in (aligned, loose))
+    assert ".v4" in vector and ".v4" not in scalar
+
+
+def triton_text(case: Compilation) -> str:
+    """The PTX of a compilation for sm_90."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bicompile.lowering.gpu.ahead import arguments_of
+
+    source = ASTSource(case.kernel, *arguments_of(case))
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": case.warps}).asm["ptx"]

@@ -18,6 +18,7 @@ from .eager_mode import eager  # noqa: E402
 from .errors import BatchInvarianceError, OptionError, UnsupportedOpError  # noqa: E402
 from .explaining import explain  # noqa: E402
 from .registration import register  # noqa: E402
+from .transformers.registration import register_on_import  # noqa: E402
 
 __all__ = [
     "BatchInvarianceError",
@@ -33,3 +34,4 @@ __all__ = [
 __version__ = "0.1.0"
 
 register()
+register_on_import()

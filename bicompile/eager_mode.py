@@ -184,7 +184,7 @@ def _lowered(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _pinned(target: Callable[..., Tensor], operands: tuple[Any, ...], name: str) -> Tensor:
     """An elementwise function of ours, with PyTorch's type promotion and broadcasting."""
-    dtype = functools.reduce(torch.promote_types, (torch.result_type(x, operands[-1]) for x in operands))
+    dtype = torch.result_type(operands[0], operands[-1])
     dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
     device = next(x.device for x in operands if isinstance(x, Tensor))
     # A number is not rounded to a half precision: compiled code holds it in float32, where the function is computed.

@@ -32,6 +32,11 @@ def intercept_attention() -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
+def is_intercepting() -> bool:
+    """Whether attention goes to our lowering in this thread: while one of our graphs is traced, or in ``eager()``."""
+    return _ACTIVE.get()
+
+
 @_SDPA.py_impl(DispatchKey.CompositeImplicitAutograd)
 def _attention(*args: Any, **kwargs: Any) -> Any:
     if _ACTIVE.get():

@@ -1,0 +1,201 @@
+"""The attention function behind ``attn_implementation="batch_invariant"``.
+
+Keys are counted from the first one that a query sees, as in ``lowering.attention.order``, so left and right padding,
+unused slots of a static cache, a rolled sliding window and the neighbours of a packed sequence cannot show.  Boolean
+masks, additive masks and position biases (ALiBi, T5), soft caps (Gemma 2) and attention sinks (gpt-oss) are covered;
+dropout is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..interception import is_intercepting
+from ..lowering.attention.op import scaled_dot_product_attention
+
+_MINUS_INFINITY = float("-inf")
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention with the signature that transformers' models call.
+
+    Args:
+        module: the attention layer; its ``is_causal`` counts where ``is_causal`` is None.
+        query: ``[batch, heads, queries, depth]``.
+        key: ``[batch, kv_heads, keys, depth]``, ``kv_heads`` a divisor of ``heads``.
+        value: ``[batch, kv_heads, keys, value_depth]``.
+        attention_mask: broadcasts to ``[batch, heads, queries, keys]``; True or 0 where a query sees a key.
+        dropout: must be 0.
+        scaling: factor of the scores; ``depth ** -0.5`` if None.
+        is_causal: whether several queries without a mask see only the keys up to their own.
+        position_bias: added to the scores, broadcasts like the mask.
+        softcap: scores become ``softcap * tanh(score / softcap)`` before mask and bias.
+        s_aux: ``[heads]``, one more logit for each head that takes its share of the weight and adds nothing.
+        kwargs: what else a model passes on.  ``position_ids`` ``[batch or 1, queries]`` that start again at 0 keep the
+            sequences of a packed row apart, also in models whose mask does not.
+
+    Returns:
+        ``[batch, queries, heads, value_depth]`` and None for the weights, which are never formed.
+
+    Raises:
+        UnsupportedOpError: ``dropout`` above 0.
+    """
+    queries, keys = query.shape[2], key.shape[2]
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if causal and (positions := kwargs.get("position_ids")) is not None:
+        attention_mask = _unpacked(attention_mask, positions, queries, keys)
+    # In this order: a comparison of sizes may be symbolic, and the flag must be a plain bool.
+    causal = queries > 1 and attention_mask is None and causal
+    if causal and keys > queries:
+        # A prefill into an empty static cache: the slots behind the queries are unused.
+        key, value = key[:, :, :queries], value[:, :, :queries]
+        position_bias = position_bias[..., :queries] if position_bias is not None else None
+    if position_bias is not None:
+        attention_mask, causal = _biased(position_bias, attention_mask, causal), False
+    with _covered():
+        out = attend(query, key, value, attention_mask, causal, scaling, softcap, s_aux, dropout)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _covered() -> contextlib.AbstractContextManager[None]:
+    """``eager()`` unless a compiler or a context further out sees to the ops."""
+    if torch.compiler.is_compiling() or is_intercepting():
+        return contextlib.nullcontext()
+    from ..eager_mode import eager
+
+    return eager()
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """``[batch, heads, queries, value_depth]``: attention with an optional soft cap and optional sinks.
+
+    Numerics: the order of ``lowering.attention``.  A soft cap forms the scores, in fp32.  Sinks scale the attention
+    without them, rounded to the input type, by ``sigmoid(lse - sink)``.
+    """
+    if softcap is not None:
+        query, key, mask = _capped(query, key, mask, is_causal, scale, softcap)
+        is_causal, scale = False, 1.0
+    if sinks is None:
+        gqa = query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=gqa)
+    if dropout > 0.0:
+        # Raises: it refuses dropout.
+        scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, sinks)):
+        return _WithSinks.apply(query, key, value, mask, sinks, is_causal, scale)
+    return _with_sinks(query, key, value, mask, sinks, is_causal, scale)[0]
+
+
+def _unpacked(mask: Tensor | None, positions: Tensor, queries: int, keys: int) -> Tensor | None:
+    """``mask``, and no query sees a key of another sequence of its row, if ``positions`` say that there are several."""
+    if positions.dim() != 2 or queries == 1 or queries != keys:  # with a cache, a row is one sequence
+        return mask
+    starts = (positions[:, 1:] == 0) & (positions[:, :-1] != 0)
+    if not torch.compiler.is_compiling() and not bool(starts.any()):
+        return mask
+    sequence = F.pad(starts.long().cumsum(1), (1, 0))
+    same = sequence[:, None, :, None] == sequence[:, None, None, :]
+    if mask is None:
+        return same.tril()
+    return mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, _MINUS_INFINITY)
+
+
+def _biased(bias: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """The additive mask that is ``bias`` where a query sees a key."""
+    if mask is None and is_causal:
+        mask = bias.new_ones(bias.shape[-2:], dtype=torch.bool).tril()
+    if mask is None:
+        return bias
+    return torch.where(mask, bias, _MINUS_INFINITY) if mask.dtype == torch.bool else bias + mask
+
+
+def _capped(
+    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys of depth 1 that score 0, and an additive mask that holds the capped and masked scores."""
+    batch, heads, queries, depth = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    scale = depth**-0.5 if scale is None else scale
+    # The heads of a group lie one after the other and share their keys: one product for each group.
+    grouped = query.to(wide).reshape(batch, kv_heads, -1, depth)
+    scores = (grouped @ key.to(wide).transpose(2, 3)).view(batch, heads, queries, keys)
+    scores = torch.tanh(scores * (scale / softcap)) * softcap
+    if is_causal:
+        mask = scores.new_ones(queries, keys, dtype=torch.bool).tril()
+    if mask is not None:
+        hidden = ~mask if mask.dtype == torch.bool else mask == _MINUS_INFINITY
+        biased = scores if mask.dtype == torch.bool else scores + mask
+        scores = biased.masked_fill(hidden, _MINUS_INFINITY)  # also where a hidden key scores NaN
+    return query.new_zeros(batch, heads, queries, 1), key.new_zeros(batch, kv_heads, keys, 1), scores
+
+
+def _with_sinks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The attention with sinks; the attention without, its lse, and the share that the sink leaves it (in fp32).
+
+    With ``s`` the sum of ``exp(score)`` over the keys, the weights' denominator grows from ``s`` to
+    ``s + exp(sink)``, so the output shrinks by ``s / (s + exp(sink)) = sigmoid(log(s) - sink)``.
+    """
+    plain, lse = torch.ops.bicompile.sdpa(query, key, value, mask, is_causal, scale)
+    share = torch.sigmoid(lse - sinks.to(lse.dtype).view(-1, 1))
+    return (plain * share.unsqueeze(-1)).to(query.dtype), plain, lse, share
+
+
+class _WithSinks(torch.autograd.Function):
+    """``_with_sinks`` with gradients, also through the lse."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
+        sinks, ctx.is_causal, ctx.scale = rest
+        out, plain, lse, share = _with_sinks(query, key, value, mask, *rest)
+        ctx.save_for_backward(query, key, value, mask, sinks, plain, lse, share)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, mask, sinks, plain, lse, share = ctx.saved_tensors
+        wide = grad.to(share.dtype)
+        d_lse = (wide * plain).sum(-1) * (share * (1 - share))
+        # One more column carries the lse's gradient: it adds d_lse to every score's gradient, P * (dP - grad . out),
+        # since -(-d_lse * 1) = d_lse, and nothing to dP, since its value is 0.
+        of_plain = (wide * share.unsqueeze(-1)).to(grad.dtype)
+        of_plain = torch.cat([of_plain, -d_lse.unsqueeze(-1).to(grad.dtype)], dim=-1)
+        widened = torch.cat([plain, torch.ones_like(plain[..., :1])], dim=-1)
+        values = torch.cat([value, torch.zeros_like(value[..., :1])], dim=-1)
+        needs_mask = ctx.needs_input_grad[3]
+        dq, dk, dv, dmask = torch.ops.bicompile.sdpa_backward(
+            of_plain, query, key, values, mask, widened, lse, ctx.is_causal, ctx.scale, needs_mask
+        )
+        d_sinks = -d_lse.sum((0, 2)).to(sinks.dtype)
+        return dq, dk, dv[..., :-1], dmask if needs_mask else None, d_sinks, None, None

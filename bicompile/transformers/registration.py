@@ -1,0 +1,69 @@
+"""Make ``attn_implementation="batch_invariant"`` known to transformers, without importing it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+NAME = "batch_invariant"
+# The module that holds transformers' table of attention functions; every model imports it.
+_TABLES = "transformers.modeling_utils"
+
+
+def register() -> None:
+    """Register attention, masks and paged attention; imports transformers.  Calling it again changes nothing.
+
+    Raises:
+        ImportError: transformers is not installed, or older than 5.
+    """
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+    from transformers.modeling_utils import AttentionInterface
+
+    from .attention import attention_forward
+    from .paged import paged_attention_forward
+
+    AttentionInterface.register(NAME, attention_forward)
+    # generate_batch() puts "paged|" before the name, and makes no mask for names that it does not know.
+    AttentionInterface.register(f"paged|{NAME}", paged_attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def register_on_import() -> None:
+    """Register now if transformers is loaded, else as soon as it is; do nothing where it never is."""
+    if _TABLES in sys.modules:
+        register()
+    elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watcher())
+
+
+class _Watcher(MetaPathFinder):
+    """Waits for one module to be imported, then leaves ``sys.meta_path``."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != _TABLES:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            _register_after(spec)
+        return spec
+
+
+def _register_after(spec: ModuleSpec) -> None:
+    """Run :func:`register` when the module of ``spec`` has been executed."""
+    loader = spec.loader
+    assert loader is not None
+    execute = loader.exec_module
+
+    def execute_and_register(module: ModuleType) -> None:
+        del loader.exec_module  # the class's own method again
+        execute(module)
+        register()
+
+    loader.exec_module = execute_and_register  # type: ignore[method-assign]

@@ -1,5 +1,6 @@
 """Timing and result files for the benchmarks in ``examples/benchmarks``."""
 
+from .gpu_timing import gpu_interleaved
 from .results import Report, Row, device_name, device_slug
 from .timing import Comparison, Timing, compare, interleaved, rotate
 
@@ -11,6 +12,7 @@ __all__ = [
     "compare",
     "device_name",
     "device_slug",
+    "gpu_interleaved",
     "interleaved",
     "rotate",
 ]

@@ -8,14 +8,13 @@ dropout is refused.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..interception import is_intercepting
+from ..covered import covered
 from ..lowering.attention.op import scaled_dot_product_attention
 
 _MINUS_INFINITY = float("-inf")
@@ -70,18 +69,9 @@ def attention_forward(
         position_bias = position_bias[..., :queries] if position_bias is not None else None
     if position_bias is not None:
         attention_mask, causal = _biased(position_bias, attention_mask, causal), False
-    with _covered():
+    with covered():
         out = attend(query, key, value, attention_mask, causal, scaling, softcap, s_aux, dropout)
     return out.transpose(1, 2).contiguous(), None
-
-
-def _covered() -> contextlib.AbstractContextManager[None]:
-    """``eager()`` unless a compiler or a context further out sees to the ops."""
-    if torch.compiler.is_compiling() or is_intercepting():
-        return contextlib.nullcontext()
-    from ..eager_mode import eager
-
-    return eager()
 
 
 def attend(

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import _covered, attend
+from ..covered import covered
+from .attention import attend
 
 
 def paged_attention_forward(
@@ -62,7 +63,7 @@ def paged_attention_forward(
         read_index=kwargs["read_index"],
         write_index=kwargs["write_index"],
     )
-    with _covered():
+    with covered():
         rows = _Rows(starts_q, kwargs["max_seqlen_q"])
         of_keys = _Rows(starts_k, longest_k)
         out = attend(

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch._inductor import compile_fx as inductor
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
 from .config import Options, cache_salt, parse_options, pinned_settings
 from .decompositions import decomposition_table
 from .errors import raising_through_dynamo
 from .interception import intercept_attention
 from .lowering.elementwise.codegen_cpu import materialise_headers, pinned_cpu_codegen
-from .lowering.loading import load_cpu
+from .lowering.elementwise.codegen_gpu import pinned_gpu_codegen
+from .lowering.loading import load_for
 from .passes.certify import Certification
 from .passes.pipeline import Pipeline
 
@@ -42,7 +44,7 @@ def batch_invariant(
     Raises:
         OptionError: an option is unknown or would break a promise.
         UnsupportedOpError: the graph holds an op that is not proven and not allowed.
-        NativeBuildError: the CPU kernels cannot be built.
+        NativeBuildError: the graph computes on the CPU and the CPU kernels cannot be built.
     """
     with raising_through_dynamo():
         _refuse_silent_eager()
@@ -70,17 +72,30 @@ def compile_graph(
     inner_compile: InnerCompile,
 ) -> Any:
     """Trace, lower and certify ``gm``, and hand each finished graph to ``inner_compile``."""
-    load_cpu()
+    load_for(floating_devices(gm, example_inputs))
     pipeline = Pipeline(certification, cache_salt(options))
     settings = {**options.inductor, **pinned_settings(), "post_grad_custom_post_pass": pipeline}
     with intercept_attention(), _decomposing_our_way():
         return inductor.compile_fx(gm, list(example_inputs), inner_compile=inner_compile, config_patches=settings)
 
 
+def floating_devices(gm: GraphModule, example_inputs: Sequence[Any]) -> set[torch.device]:
+    """The devices of all floating-point tensors that Dynamo saw: inputs, parameters, constants, intermediate results.
+
+    Asked before tracing, because a graph that comes from a cache is not traced.
+    """
+    found: list[Any] = [*example_inputs, *gm.parameters(), *gm.buffers()]
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            found += [node.meta.get("example_value") for node in module.graph.nodes]
+    tensors = [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+    return {x.device for x in tensors if x.is_floating_point() or x.is_complex()}
+
+
 def _inner_compile(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     """Inductor's own, generating our elementwise functions; also for a backward compiled later than its forward."""
     materialise_headers()
-    with pinned_cpu_codegen():
+    with pinned_cpu_codegen(), pinned_gpu_codegen():
         return inductor.compile_fx_inner(gm, example_inputs, **kwargs)
 
 

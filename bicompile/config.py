@@ -17,7 +17,7 @@ from torch._inductor import list_mode_options
 
 from .errors import OptionError
 from .lowering import native
-from .lowering.elementwise.codegen_cpu import signature
+from .lowering.elementwise import codegen_cpu, codegen_gpu
 
 # Each of these, set otherwise, lets the batch size, a timing or a fusion decision into the bits.
 _PINNED: dict[str, Any] = {
@@ -130,7 +130,8 @@ def pinned_settings() -> dict[str, Any]:
 def cache_salt(options: Options) -> str:
     """What must change the key of Inductor's and AOTAutograd's caches: sources, versions, instruction set, options."""
     wanted = sorted(options.allow), options.on_refused, sorted((k, repr(v)) for k, v in options.inductor.items())
-    return hashlib.sha256(f"{_sources_hash()} {native.isa()} {signature()} {wanted}".encode()).hexdigest()
+    generated = codegen_cpu.signature(), codegen_gpu.signature()
+    return hashlib.sha256(f"{_sources_hash()} {native.isa()} {generated} {wanted}".encode()).hexdigest()
 
 
 @functools.cache

@@ -206,6 +206,15 @@ def _native_attention(
     return y, query.new_empty(0)
 
 
+def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
+    return torch.sort(x, stable=True, dim=dim, descending=descending)
+
+
+def _stable_sort(x: Tensor, *, stable: bool | None, dim: int = -1, descending: bool = False) -> Any:
+    """Of equal elements the first comes first: another order could follow the batch."""
+    return NotImplemented if stable else _sort(x, dim, descending)
+
+
 def _refuse_attention(name: str) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise UnsupportedOpError(
@@ -222,6 +231,8 @@ _NORMAL_FORMS: dict[OpOverload, Callable[..., Any]] = {
     aten.dot.default: _dot,
     aten.vdot.default: _dot,
     aten.addbmm.default: _addbmm,
+    aten.sort.default: _sort,
+    aten.sort.stable: _stable_sort,
     aten._fused_rms_norm.default: _fused_rms_norm,
     aten._fused_rms_norm_backward.default: _fused_rms_norm_backward,
     aten._transformer_encoder_layer_fwd.default: _encoder_layer,

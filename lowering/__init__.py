@@ -11,6 +11,7 @@ from .norm import op as norm_op
 from .reduction import op as reduction_op
 from .scan import op as scan_op
 from .scatter import op as scatter_op
+from .selection import op as selection_op
 from .softmax import op as softmax_op
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "reduction_op",
     "scan_op",
     "scatter_op",
+    "selection_op",
     "softmax_op",
 ]

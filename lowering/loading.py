@@ -1,4 +1,4 @@
-"""Load the CPU kernels and hold them against their references, once for each binary.
+"""Load the kernels that a graph needs; hold the CPU kernels against their references, once for each binary.
 
 A compiler or a processor that does not do what the kernels rely on must not pass silently: before a new library is
 used, each family computes a few small cases whose bits its reference knows.  The verdict is kept beside the binary.
@@ -7,7 +7,7 @@ used, each family computes a few small cases whose bits its reference knows.  Th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,16 @@ from .scatter import reference as scatter
 from .softmax import reference as softmax
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def load_for(devices: Iterable[torch.device]) -> None:
+    """Load what runs on ``devices``.  GPU kernels load themselves when they are first called.
+
+    Raises:
+        NativeBuildError: see :func:`load_cpu`.
+    """
+    if any(device.type == "cpu" for device in devices):
+        load_cpu()
 
 
 @functools.cache

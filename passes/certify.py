@@ -14,6 +14,7 @@ Numerics, shapes, dtypes and strides: unchanged.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,14 +23,16 @@ from typing import Literal
 import sympy
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from bicompile.errors import UnsupportedOpError
+from bicompile.lowering.gpu.device import unsupported
 
 from .batch_symbols import mixes_batch, reduced_extent, symbols_of
-from .op_classes import is_control_flow, is_elementwise, is_exact, is_random, op_name
+from .op_classes import breaks_ties_freely, is_control_flow, is_elementwise, is_exact, is_random, op_name
 
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -105,9 +108,13 @@ def certify_node(node: Node, certification: Certification) -> CertifiedNode:
     if certification.allow & {name, full}:
         kind = "allowed"
     elif device := _unproven_device(node):
-        kind, reason = "refused", f"no lowering has been admitted on {device}; supported is cpu"
+        kind, reason = "refused", device
+    elif missing := _without_kernel(node):
+        kind, reason = "refused", missing
     elif name.startswith("bicompile."):
         kind = "cross-batch" if mixes_batch(node, certification.batch) else "lowered"
+    elif breaks_ties_freely(node):
+        kind, reason = "refused", "which of equal elements it names may follow the batch; use torch.sort or torch.topk"
     elif is_exact(node):
         kind = "cross-batch" if mixes_batch(node, certification.batch) else "exact"
     elif is_elementwise(node):
@@ -156,9 +163,25 @@ def source_line(node: Node) -> str:
 
 
 def _unproven_device(node: Node) -> str:
+    """Why nothing is proven on the device of the node's result; empty where something is."""
     for leaf in tree_leaves(node.meta.get("val")):
-        if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
-            return str(leaf.device)
+        if isinstance(leaf, Tensor) and (reason := _unsupported(leaf.device)):
+            return f"it runs on {leaf.device}: {reason}"
+    return ""
+
+
+_unsupported = functools.cache(unsupported)
+
+
+def _without_kernel(node: Node) -> str:
+    """For an op of ours that has no kernel for a GPU where it is to run, which one; empty for every other node."""
+    target = node.target
+    if not isinstance(target, OpOverload) or target.namespace != "bicompile":
+        return ""
+    devices = {leaf.device.type for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)}
+    keys = (DispatchKey.CUDA, DispatchKey.CompositeExplicitAutograd)
+    if "cuda" in devices and not any(target.has_kernel_for_dispatch_key(key) for key in keys):
+        return f"{target} has no GPU kernel yet; compute it on the CPU"
     return ""
 
 

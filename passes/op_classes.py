@@ -45,6 +45,9 @@ _EXACT_NAMES = frozenset(
     """.split()
 )
 
+# Of equal elements these name any; so do sort and topk, which are made to name the first.
+_FREE_TIES = frozenset("aten.kthvalue aten.median aten.nanmedian aten.mode aten.sort aten.topk".split())
+
 # Elementwise by what they compute, though PyTorch does not tag them so.
 _ELEMENTWISE_NAMES = frozenset(
     """
@@ -75,6 +78,16 @@ def is_exact(node: Node) -> bool:
 def exact_by_name(target: OpOverload) -> bool:
     """Whether the op moves, compares or selects values, whatever their dtype."""
     return op_name(target) in _EXACT_NAMES
+
+
+def breaks_ties_freely(node: Node) -> bool:
+    """Whether the node, on a GPU, names one of several equal elements by a kernel that may follow the batch."""
+    leaves = [leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+    if all(v.device.type == "cpu" for v in leaves) or not isinstance(node.target, OpOverload):
+        return False
+    if node.target is aten.sort.stable:
+        return not node.kwargs.get("stable")
+    return op_name(node.target) in _FREE_TIES and node.target not in (aten.median.default, aten.nanmedian.default)
 
 
 def is_elementwise(node: Node) -> bool:

@@ -9,7 +9,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from . import lower_matmuls, lower_norms, lower_reductions, lower_scans, lower_scatters, lower_softmax
+from . import lower_matmuls, lower_norms, lower_reductions, lower_scans, lower_scatters, lower_selections, lower_softmax
 from .certify import Certification, certify_pass
 from .rewriting import Rule
 
@@ -20,6 +20,7 @@ PIPELINE: tuple[Callable[[GraphModule], PassResult], ...] = (
     lower_reductions.lower_reductions_pass,  # may look through elementwise producers, which no other pass changes
     lower_scans.lower_scans_pass,
     lower_scatters.lower_scatters_pass,
+    lower_selections.lower_selections_pass,
 )
 
 # What the passes do to one op, for bicompile.eager(), which has no graph to walk.
@@ -30,6 +31,7 @@ RULES: dict[OpOverload, Rule] = {
     **lower_reductions.RULES,
     **lower_scans.RULES,
     **lower_scatters.RULES,
+    **lower_selections.RULES,
 }
 
 

@@ -51,6 +51,8 @@ def unsupported(device: torch.device) -> str:
         return ""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"there are no lowerings for {device.type} devices; move the tensors to the CPU or to an NVIDIA GPU"
+    if not torch.cuda.is_available():
+        return "this PyTorch sees no GPU here; install a driver and a torch built for CUDA"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         name = torch.cuda.get_device_name(device)

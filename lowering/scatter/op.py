@@ -172,21 +172,136 @@ def _one_index_per_dim(self: Tensor, indices: Sequence[Tensor | None]) -> list[T
 def _linear_index(self: Tensor, by_dim: list[Tensor | None], indexed: list[int]) -> tuple[Tensor, torch.Size]:
     """The indices of several dims as one into their product, flat, and the shape to which they broadcast."""
     given = torch.broadcast_tensors(*(index for index in by_dim if index is not None))
-    linear = torch.zeros(given[0].shape, dtype=torch.int64)
+    linear = torch.zeros(given[0].shape, dtype=torch.int64, device=self.device)
     for dim, index in zip(indexed, given, strict=True):
-        size = self.shape[dim]
         if index.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"bicompile::index_put_accumulate: expected int64, int32 or bool indices, got {index.dtype}"
             )
-        wide = index.long()
-        if wide.numel() and not (-size <= int(wide.min()) and int(wide.max()) < size):
-            raise IndexError(
-                f"bicompile::index_put_accumulate: expected indices in [{-size}, {size}) for dim {dim}, got "
-                f"{int(wide.min())} to {int(wide.max())}"
-            )
-        linear = linear * size + torch.where(wide < 0, wide + size, wide)
+        index = index.to(self.device)  # torch takes CPU indices for a tensor on a GPU
+        linear = linear * self.shape[dim] + _in_range(index, self.shape[dim], dim)
     return linear.reshape(-1), given[0].shape
 
 
+def _in_range(index: Tensor, size: int, dim: int) -> Tensor:
+    """``index`` as int64, negative ones counted from the end, all checked; on a GPU by an assertion there."""
+    if index.is_cuda:
+        from .gpu import checked_index
+
+        return checked_index(index, size)
+    wide = index.long()
+    if wide.numel() and not (-size <= int(wide.min()) and int(wide.max()) < size):
+        raise IndexError(
+            f"bicompile::index_put_accumulate: expected indices in [{-size}, {size}) for dim {dim}, got "
+            f"{int(wide.min())} to {int(wide.max())}"
+        )
+    return torch.where(wide < 0, wide + size, wide)
+
+
+# -- On a GPU: the checks that the CPU kernels make for themselves, then the kernels ----------------------------------
+
+
+def _index_add_cuda(self: Tensor, dim: int, index: Tensor, source: Tensor, alpha: float) -> Tensor:
+    from .gpu import index_add
+
+    _check("index_add", self, dim, index, source)
+    _check_slices("index_add", self, dim, index, source)
+    return index_add(self, dim, index, source, alpha)
+
+
+def _segment_add_cuda(self: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    from .gpu import segment_add
+
+    _check("segment_add", self, 1, index, values)
+    torch._check(
+        self.dim() == 3 and values.shape == (self.shape[0], index.numel(), self.shape[2]) and index.dim() == 1,
+        lambda: (
+            "bicompile::segment_add: expected self [outer, m, width], index [n] and values [outer, n, width], got "
+            f"{list(self.shape)}, {list(index.shape)} and {list(values.shape)}"
+        ),
+    )
+    return segment_add(self, index, values)
+
+
+def _scatter_add_cuda(self: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
+    from .gpu import scatter_reduce
+
+    _check("scatter_add", self, dim, index, src)
+    _check_elements("scatter_add", self, dim, index, src)
+    return scatter_reduce(self, dim, index, src, "sum", True)
+
+
+def _scatter_reduce_cuda(self: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, include_self: bool) -> Tensor:
+    from .gpu import scatter_reduce
+
+    _check("scatter_reduce", self, dim, index, src)
+    _check_elements("scatter_reduce", self, dim, index, src)
+    torch._check(
+        reduce in _REDUCTIONS,
+        lambda: f"bicompile::scatter_reduce: expected reduce to be one of {', '.join(_REDUCTIONS)}, got {reduce!r}",
+    )
+    return scatter_reduce(self, dim, index, src, reduce, include_self)
+
+
+def _embedding_dense_backward_cuda(
+    grad: Tensor, indices: Tensor, num_weights: int, padding_idx: int, scale_grad_by_freq: bool
+) -> Tensor:
+    from .gpu import embedding_dense_backward
+
+    _check("embedding_dense_backward", grad, -1, indices, grad)
+    torch._check(
+        grad.shape[:-1] == indices.shape and num_weights >= 0,
+        lambda: (
+            "bicompile::embedding_dense_backward: expected a grad of the shape of indices and one dim more, and "
+            f"num_weights >= 0, got {list(grad.shape)}, {list(indices.shape)} and {num_weights}"
+        ),
+    )
+    return embedding_dense_backward(grad, indices, num_weights, padding_idx, scale_grad_by_freq)
+
+
+def _check_slices(op: str, self: Tensor, dim: int, index: Tensor, source: Tensor) -> None:
+    torch._check(index.dim() <= 1, lambda: f"bicompile::{op}: expected a 1-D index, got {index.dim()} dims")
+    torch._check(
+        self.dim() == source.dim(),
+        lambda: f"bicompile::{op}: expected a source of {self.dim()} dims as self, got {source.dim()}",
+    )
+    wanted = list(self.shape)
+    if self.dim():
+        wanted[dim] = index.numel()
+    torch._check(
+        list(source.shape) == wanted and (self.dim() > 0 or index.numel() == 1),
+        lambda: (
+            f"bicompile::{op}: expected a source of shape {wanted} for {index.numel()} indices, got "
+            f"{list(source.shape)}"
+        ),
+    )
+
+
+def _check_elements(op: str, self: Tensor, dim: int, index: Tensor, src: Tensor) -> None:
+    if index.numel() == 0:
+        return
+    torch._check(
+        index.dim() == self.dim() == src.dim(),
+        lambda: (
+            f"bicompile::{op}: expected index and src of {self.dim()} dims as self, got {index.dim()} and {src.dim()}"
+        ),
+    )
+    dim = dim % max(self.dim(), 1)
+    torch._check(
+        all(
+            index.shape[d] <= src.shape[d] and (d == dim or index.shape[d] <= self.shape[d]) for d in range(self.dim())
+        ),
+        lambda: (
+            f"bicompile::{op}: expected an index no larger than src and, but for dim {dim}, self; got "
+            f"{list(index.shape)} for src {list(src.shape)} and self {list(self.shape)}"
+        ),
+    )
+
+
 _LIB.impl("index_put_accumulate", _index_put_accumulate, "CPU")
+_LIB.impl("index_put_accumulate", _index_put_accumulate, "CUDA")
+_LIB.impl("index_add", _index_add_cuda, "CUDA")
+_LIB.impl("segment_add", _segment_add_cuda, "CUDA")
+_LIB.impl("scatter_add", _scatter_add_cuda, "CUDA")
+_LIB.impl("scatter_reduce", _scatter_reduce_cuda, "CUDA")
+_LIB.impl("embedding_dense_backward", _embedding_dense_backward_cuda, "CUDA")

@@ -60,6 +60,7 @@ class Admission:
         self.family = family
         self._sources = tuple(sources)
         self._known: dict[int, dict[str, Verdict]] = {}
+        _FAMILIES[family] = self
 
     def allows(
         self,
@@ -135,6 +136,14 @@ class Admission:
             return {row["schedule"]: Verdict(**row) for row in rows}
         except (OSError, ValueError, TypeError, KeyError):  # none yet, or one that was cut off: probe again
             return {}
+
+
+_FAMILIES: dict[str, Admission] = {}
+
+
+def known_families() -> dict[str, Admission]:
+    """The admissions of all families whose kernels have been imported, by name."""
+    return dict(_FAMILIES)
 
 
 @functools.cache

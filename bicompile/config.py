@@ -17,7 +17,8 @@ from torch._inductor import list_mode_options
 
 from .errors import OptionError
 from .lowering import native
-from .lowering.elementwise import codegen_cpu, codegen_gpu
+from .lowering.elementwise.codegen_cpu import signature as cpu_signature
+from .lowering.elementwise.codegen_gpu import signature as gpu_signature
 
 # Each of these, set otherwise, lets the batch size, a timing or a fusion decision into the bits.
 _PINNED: dict[str, Any] = {
@@ -130,7 +131,7 @@ def pinned_settings() -> dict[str, Any]:
 def cache_salt(options: Options) -> str:
     """What must change the key of Inductor's and AOTAutograd's caches: sources, versions, instruction set, options."""
     wanted = sorted(options.allow), options.on_refused, sorted((k, repr(v)) for k, v in options.inductor.items())
-    generated = codegen_cpu.signature(), codegen_gpu.signature()
+    generated = cpu_signature(), gpu_signature()
     return hashlib.sha256(f"{_sources_hash()} {native.isa()} {generated} {wanted}".encode()).hexdigest()
 
 

@@ -40,7 +40,7 @@ def device_key(index: int) -> DeviceKey:
         name=properties.name,
         capability=(properties.major, properties.minor),
         num_sms=properties.multi_processor_count,
-        shared_memory=properties.shared_memory_per_block_optin,
+        shared_memory=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         versions=f"torch {torch.__version__}, CUDA {torch.version.cuda}, triton {triton.__version__}",
     )
 

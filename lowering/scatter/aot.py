@@ -41,12 +41,13 @@ def _rows(dtype: str, acc: tl.dtype, how: str, mean: bool) -> Iterator[Compilati
     signature |= {name: "i64" for name in integers}
     schedules = {row_schedule_for(width, _BYTES[dtype]) for width in (1, 64, 4096)} | {REFERENCE}
     for schedule in schedules:
-        constants = {
-            **{"HOW": how, "START": 0.0, "FROM_SELF": True, "MEAN": mean, "ACC": acc},
-            **{"BLOCK": schedule.block, "AHEAD": schedule.ahead, "TAIL": schedule.tail},
-        }
+        what = {"HOW": how, "START": 0.0, "FROM_SELF": True, "MEAN": mean, "ACC": acc, "LONG": schedule.long}
+        constants = {**what, "BLOCK": schedule.block, "AHEAD": schedule.ahead}
         name = f"scatter rows {dtype} {how} mean={mean} {schedule}"
         yield Compilation(name, gpu._walk_rows_kernel, signature, constants, schedule.warps, 1)
+        if schedule.long:
+            constants = {**what, "BLOCK": schedule.long_block, "AHEAD": schedule.long_ahead}
+            yield Compilation(f"long {name}", gpu._walk_long_rows_kernel, signature, constants, 1, 1)
 
 
 def _elements(dtype: str, acc: tl.dtype, how: str) -> Iterator[Compilation]:

@@ -78,9 +78,25 @@ def _canonical_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
     tl.store(out_ptr + i, _with_one_nan(x), mask=i < n)
 
 
-@triton.jit(
-    do_not_specialize=["n", "width", "blocks", "programs", "values_outer", "values_row", "out_outer", "skipped"]
-)
+@triton.jit
+def _initial(self_ptr, at, live, FROM_SELF: tl.constexpr, START: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    if FROM_SELF:
+        return tl.load(self_ptr + at, mask=live, other=0.0).to(ACC)
+    else:
+        return tl.full([BLOCK], START, ACC)
+
+
+@triton.jit
+def _store(out_ptr, at, live, total, count, MEAN: tl.constexpr):
+    if MEAN:
+        if total.dtype == tl.float64:
+            total = total / count.to(tl.float64)
+        else:
+            total = tl.div_rn(total, tl.zeros_like(total) + count.to(tl.float32))
+    tl.store(out_ptr + at, _with_one_nan(total.to(out_ptr.dtype.element_ty)), mask=live)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def _walk_rows_kernel(
     keys_ptr,
     positions_ptr,
@@ -101,54 +117,115 @@ def _walk_rows_kernel(
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
     AHEAD: tl.constexpr,
-    TAIL: tl.constexpr,
+    LONG: tl.constexpr,
     ACC: tl.constexpr,
 ):
     """One destination's contributions to BLOCK columns, by the program of the first of them in sorted order."""
     pid = tl.program_id(0).to(tl.int64)
     first = pid // programs
-    outer = pid % programs // blocks
-    cols = pid % blocks * BLOCK + tl.arange(0, BLOCK)
-    live = cols < width
     to = tl.load(keys_ptr + first).to(tl.int64)
     before = tl.load(keys_ptr + first - 1, mask=first > 0, other=-1).to(tl.int64)
-    if (to != before) & (to != skipped):
+    mine = (to != before) & (to != skipped)
+    if LONG > 0:
+        # Sorted keys: where the first and the last of an aligned stretch are this destination's, so are all.
+        stretch = (first + LONG - 1) // LONG * LONG
+        start = tl.load(keys_ptr + stretch, mask=stretch + LONG <= n, other=-1).to(tl.int64)
+        last = tl.load(keys_ptr + stretch + LONG - 1, mask=stretch + LONG <= n, other=-1).to(tl.int64)
+        mine = mine & ((start != to) | (last != to))
+    if mine:
+        outer = pid % programs // blocks
+        cols = pid % blocks * BLOCK + tl.arange(0, BLOCK)
+        live = cols < width
         at = outer * out_outer + to * width + cols
         source = values_ptr + outer * values_outer + cols
-        count = tl.full([], 0, tl.int64)
-        if FROM_SELF:
-            total = tl.load(self_ptr + at, mask=live, other=0.0).to(ACC)
-            count += 1
-        else:
-            total = tl.full([BLOCK], START, ACC)
+        total = _initial(self_ptr, at, live, FROM_SELF, START, BLOCK, ACC)
+        count = tl.full([], 1 if FROM_SELF else 0, tl.int64)
         j = first
-        # The keys are sorted: where the last of a stretch is this destination's, so are all before it.
-        last = tl.load(keys_ptr + j + AHEAD - 1, mask=j + AHEAD <= n, other=-1).to(tl.int64)
-        while last == to:
-            last = tl.load(keys_ptr + j + 2 * AHEAD - 1, mask=j + 2 * AHEAD <= n, other=-1).to(tl.int64)
-            for u in tl.static_range(AHEAD):
-                row = tl.load(positions_ptr + j + u).to(tl.int64)
-                x = tl.load(source + row * values_row, mask=live, other=0.0).to(ACC)
-                total = _step(total, x, HOW)
-            j += AHEAD
-            count += AHEAD
-        more = tl.load(keys_ptr + j, mask=j < n, other=-1).to(tl.int64)
+        more = to
         while more == to:
-            for u in tl.static_range(TAIL):
-                mine = tl.load(keys_ptr + j + u, mask=j + u < n, other=-1).to(tl.int64) == to
-                row = tl.load(positions_ptr + j + u, mask=mine, other=0).to(tl.int64)
-                x = tl.load(source + row * values_row, mask=live & mine, other=0.0).to(ACC)
+            for u in tl.static_range(AHEAD):
+                here = tl.load(keys_ptr + j + u, mask=j + u < n, other=-1).to(tl.int64) == to
+                row = tl.load(positions_ptr + j + u, mask=here, other=0).to(tl.int64)
+                x = tl.load(source + row * values_row, mask=live & here, other=0.0).to(ACC)
                 # Not a neutral element: adding +0 would turn -0 into +0.
-                total = tl.where(mine, _step(total, x, HOW), total)
-                count += mine.to(tl.int64)
-            j += TAIL
+                total = tl.where(here, _step(total, x, HOW), total)
+                count += here.to(tl.int64)
+            j += AHEAD
             more = tl.load(keys_ptr + j, mask=j < n, other=-1).to(tl.int64)
-        if MEAN:
-            if ACC == tl.float64:
-                total = total / count.to(ACC)
-            else:
-                total = tl.div_rn(total, tl.zeros([BLOCK], ACC) + count.to(ACC))
-        tl.store(out_ptr + at, _with_one_nan(total.to(out_ptr.dtype.element_ty)), mask=live)
+        _store(out_ptr, at, live, total, count, MEAN)
+
+
+@triton.jit
+def _first_at_least(keys_ptr, key, low, high):
+    """The first place in (low, high] whose key is at least ``key``, for sorted keys; high stands for such a place."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(keys_ptr + middle).to(tl.int64) >= key:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def _walk_long_rows_kernel(
+    keys_ptr,
+    positions_ptr,
+    self_ptr,
+    values_ptr,
+    out_ptr,
+    n,
+    width,
+    blocks,
+    programs,
+    values_outer,
+    values_row,
+    out_outer,
+    skipped,
+    HOW: tl.constexpr,
+    START: tl.constexpr,
+    FROM_SELF: tl.constexpr,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    LONG: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The destinations that ``_walk_rows_kernel`` leaves alone, by the program of their first aligned stretch."""
+    pid = tl.program_id(0).to(tl.int64)
+    stretch = pid // programs * LONG
+    to = tl.load(keys_ptr + stretch).to(tl.int64)
+    last = tl.load(keys_ptr + stretch + LONG - 1).to(tl.int64)
+    before = tl.load(keys_ptr + stretch - LONG, mask=stretch > 0, other=-1).to(tl.int64)
+    if (to == last) & (to != before) & (to != skipped):
+        outer = pid % programs // blocks
+        cols = pid % blocks * BLOCK + tl.arange(0, BLOCK)
+        live = cols < width
+        at = outer * out_outer + to * width + cols
+        source = values_ptr + outer * values_outer + cols
+        total = _initial(self_ptr, at, live, FROM_SELF, START, BLOCK, ACC)
+        low = tl.maximum(stretch - LONG, -1)
+        j = _first_at_least(keys_ptr, to, low, stretch)
+        end = _first_at_least(keys_ptr, to + 1, stretch + LONG - 1, n.to(tl.int64))
+        count = end - j
+        if FROM_SELF:
+            count += 1
+        # While some are added, the next ones are on their way.
+        xs = ()
+        for u in tl.static_range(AHEAD):
+            row = tl.load(positions_ptr + j + u, mask=j + u < end, other=0).to(tl.int64)
+            xs = xs + (tl.load(source + row * values_row, mask=live & (j + u < end), other=0.0),)
+        while j < end:
+            ahead = ()
+            for u in tl.static_range(AHEAD):
+                here = j + AHEAD + u < end
+                row = tl.load(positions_ptr + j + AHEAD + u, mask=here, other=0).to(tl.int64)
+                ahead = ahead + (tl.load(source + row * values_row, mask=live & here, other=0.0),)
+            for u in tl.static_range(AHEAD):
+                total = tl.where(j + u < end, _step(total, xs[u].to(ACC), HOW), total)
+            xs = ahead
+            j += AHEAD
+        _store(out_ptr, at, live, total, count, MEAN)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -296,19 +373,21 @@ def walk_rows(
     if width > 1 and values.stride(2) != 1:
         values = values.contiguous()
     chosen = schedule or row_schedule_for(width, values.element_size())
-    blocks = triton.cdiv(width, chosen.block)
     from_self = self is not None and include_self
-    _launch(
-        _walk_rows_kernel,
-        n * outer * blocks,
-        (ordered, positions, self if from_self else None, values, out),
-        (n, width, blocks, outer * blocks, values.stride(0), values.stride(1), count * width, skipped),
-        (
-            *(_STEPS[reduce], _STARTS[reduce], from_self, divide or reduce == "mean"),
-            *(chosen.block, chosen.ahead, chosen.tail, tl.float64 if values.dtype == torch.float64 else tl.float32),
-        ),
-        chosen.warps,
-    )
+    tensors = (ordered, positions, self if from_self else None, values, out)
+    what = (_STEPS[reduce], _STARTS[reduce], from_self, divide or reduce == "mean")
+    acc = tl.float64 if values.dtype == torch.float64 else tl.float32
+
+    def walk(kernel: Any, starts: int, block: int, ahead: int, warps: int) -> None:
+        blocks = triton.cdiv(width, block)
+        strides = (values.stride(0), values.stride(1), count * width)
+        integers = (n, width, blocks, outer * blocks, *strides, skipped)
+        constants = (*what, block, ahead, chosen.long, acc)
+        _launch(kernel, starts * outer * blocks, tensors, integers, constants, warps)
+
+    walk(_walk_rows_kernel, n, chosen.block, chosen.ahead, chosen.warps)
+    if chosen.long and n >= chosen.long:
+        walk(_walk_long_rows_kernel, n // chosen.long, chosen.long_block, chosen.long_ahead, 1)
     return out
 
 
@@ -383,11 +462,15 @@ def scatter_reduce(self: Tensor, dim: int, index: Tensor, src: Tensor, reduce: s
     if all(index.shape[d] == self.shape[d] and (index.stride(d) == 0 or index.shape[d] == 1) for d in others):
         at = index.movedim(dim, 0).reshape(index.shape[dim], -1)[:, 0]
         return _along(self, dim, at, src, reduce, include_self)
+    index, src = index.movedim(dim, 0), src.movedim(dim, 0)
+    if all(index.shape[place] == self.shape[d] for place, d in enumerate(others, 1)):
+        result = _scatter_columns(self.movedim(dim, 0), index, src, reduce, include_self)
+        return result.movedim(0, dim).contiguous()
     out = _canonical(self)
     part = out.movedim(dim, 0)
-    for place, d in enumerate(others, 1):
-        part = part.narrow(place, 0, index.shape[d])
-    part.copy_(_scatter_columns(part, index.movedim(dim, 0), src.movedim(dim, 0), reduce, include_self))
+    for place in range(1, part.dim()):
+        part = part.narrow(place, 0, index.shape[place])
+    part.copy_(_scatter_columns(part, index, src, reduce, include_self))
     return out
 
 
@@ -422,15 +505,14 @@ def _scatter_columns(part: Tensor, index: Tensor, src: Tensor, reduce: str, incl
     count, columns = part.shape[0], part.shape[1:].numel()
     keys = _keys(index.reshape(index.shape[0], columns), count, columns)
     values = src.reshape(index.shape[0], columns).contiguous()
-    total = torch.empty(count * columns, dtype=order_for(part.dtype).accumulate, device=part.device)
-    total.view(part.shape).copy_(part)
-    places = keys.long()
+    total = torch.empty(part.shape, dtype=order_for(part.dtype).accumulate, device=part.device)
+    total = total.copy_(part).view(-1)
     if not include_self:
-        total.index_fill_(0, places, _STARTS[reduce])
+        total.index_fill_(0, keys.long(), _STARTS[reduce])
     walk_elements(total, keys, values, _STEPS[reduce])
     if reduce == "mean":
         counts = torch.full_like(total, 1 if include_self else 0, dtype=torch.int32)
-        counts.index_add_(0, places, torch.ones_like(keys, dtype=torch.int32))
+        counts.index_add_(0, keys, torch.ones_like(keys, dtype=torch.int32))
         total = total / counts.clamp(min=1)
     return _canonical(total.to(part.dtype)).view(part.shape)
 

@@ -16,14 +16,18 @@ class RowSchedule:
     Attributes:
         block: columns of one program.
         warps: warps of one program.
-        ahead: contributions whose loads are in flight together while a destination has that many left.
-        tail: the same for the last few contributions.
+        ahead: contributions whose loads are in flight together.
+        long: from about this many contributions on, a destination is left to programs of their own; 0 for never.
+        long_block: columns of one of those, which has one warp.
+        long_ahead: contributions that it loads while it adds as many others.
     """
 
     block: int
     warps: int
     ahead: int
-    tail: int
+    long: int
+    long_block: int
+    long_ahead: int
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class ElementSchedule:
     ahead: int
 
 
-REFERENCE = RowSchedule(block=128, warps=1, ahead=1, tail=1)
+REFERENCE = RowSchedule(block=128, warps=1, ahead=1, long=0, long_block=32, long_ahead=1)
 REFERENCE_ELEMENTS = ElementSchedule("sorted", block=128, ahead=1)
 
 # A step down a column waits for memory; a sort reads and writes each key a few times.
@@ -53,11 +57,11 @@ _SORT_US_PER_KEY = 0.0006
 
 def row_schedule_for(width: int, itemsize: int) -> RowSchedule:
     """The schedule for slices of ``width`` elements of ``itemsize`` bytes."""
-    lanes = 32 * max(1, 8 // itemsize)
     block = 32
-    while block < min(width, lanes):
+    while block < min(width, 1024 // itemsize):
         block *= 2
-    return RowSchedule(block=block, warps=1, ahead=32, tail=4)
+    warps = 2 if block >= 512 else 1
+    return RowSchedule(block, warps, ahead=8, long=64, long_block=32, long_ahead=32)
 
 
 def element_schedule_for(length: int, columns: int, num_sms: int) -> ElementSchedule:

@@ -97,7 +97,10 @@ def test_other_ops_are_those_of_the_reference(dtype: torch.dtype):
 
 @pytest.mark.parametrize(
     "schedule",
-    [REFERENCE, *(RowSchedule(*s) for s in ((32, 1, 8, 4), (64, 2, 1, 1), (256, 1, 16, 2), (1024, 4, 16, 4)))],
+    [
+        *(REFERENCE, RowSchedule(32, 1, 8, 16, 32, 4), RowSchedule(64, 2, 1, 8, 64, 8)),
+        *(RowSchedule(256, 1, 16, 64, 128, 16), RowSchedule(1024, 4, 8, 128, 32, 32)),
+    ],
     ids=str,
 )
 def test_every_row_schedule_has_the_same_bits(schedule: RowSchedule):

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from bicompile.lowering.scatter import gpu, reference
-from bicompile.lowering.scatter.schedule import ElementSchedule, RowSchedule, element_schedule_for, row_schedule_for
+from bicompile.lowering.scatter.schedule import (
+    REFERENCE,
+    ElementSchedule,
+    RowSchedule,
+    element_schedule_for,
+    row_schedule_for,
+)
 from bicompile.testing import same_bits
 
 # Not bfloat16, to which the interpreter does not round to nearest.
@@ -43,7 +49,9 @@ def test_index_add_is_that_of_the_reference(shape: tuple[int, ...], dtype: torch
 
 
 @pytest.mark.parametrize(
-    "schedule", [RowSchedule(32, 1, 8, 4), RowSchedule(64, 2, 1, 1), RowSchedule(128, 1, 32, 2)], ids=str
+    "schedule",
+    [REFERENCE, RowSchedule(32, 1, 8, 16, 32, 4), RowSchedule(64, 2, 2, 4, 64, 8), RowSchedule(128, 1, 3, 128, 32, 4)],
+    ids=str,
 )
 def test_every_row_schedule_has_the_same_bits(schedule: RowSchedule):
     """Segments of 1 to 100 contributions: whole stretches, ragged ends, both."""

@@ -61,13 +61,23 @@ _MAX_PLANS = 8192
 
 
 def planned(key: Any, build: Callable[[], Plan]) -> Plan:
-    """The plan under ``key``, built where there is none yet.  Forgets all where there are too many."""
+    """The plan under ``key``, built where there is none yet.  Forgets all where there are too many.
+
+    One built while a CUDA graph is captured is not kept: nothing could be probed for it.
+    """
     plan = _PLANS.get(key)
     if plan is None:
-        if len(_PLANS) >= _MAX_PLANS:
-            _PLANS.clear()
-        plan = _PLANS[key] = build()
+        plan = build()
+        if not is_capturing():
+            if len(_PLANS) >= _MAX_PLANS:
+                _PLANS.clear()
+            _PLANS[key] = plan
     return plan
+
+
+def is_capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def key_of(x: Tensor) -> tuple[Any, ...]:
@@ -80,7 +90,7 @@ def on_device(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if INTERPRETED or x.device.index == torch._C._cuda_getDevice():
+        if not x.is_cuda or x.device.index == torch._C._cuda_getDevice():
             return fn(x, *args, **kwargs)
         with torch.cuda.device(x.device):
             return fn(x, *args, **kwargs)

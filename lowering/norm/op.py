@@ -129,3 +129,109 @@ def _(grad: Tensor, x: Tensor, groups: int, mean: Tensor, rstd: Tensor, dtype: t
     check_floating("group_norm_backward_params", "dtype", dtype)
     _check_groups("group_norm_backward_params", x, groups)
     return x.new_empty((x.shape[1],), dtype=dtype), x.new_empty((x.shape[1],), dtype=dtype)
+
+
+# -- CUDA: the kernels are imported at the first call, because importing the op must not import triton.
+
+
+def _layer_norm_cuda(
+    x: Tensor, normalized_dims: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .gpu import layer_norm
+
+    _check_dtypes("layer_norm", x=x, weight=weight, bias=bias)
+    _check_normalized_dims("layer_norm", x, normalized_dims)
+    _check_sizes("layer_norm", x.shape[x.dim() - normalized_dims :], weight=weight, bias=bias)
+    return layer_norm(x, normalized_dims, weight, bias, eps)
+
+
+def _layer_norm_backward_cuda(
+    grad: Tensor, x: Tensor, normalized_dims: int, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> Tensor:
+    from .gpu_backward import layer_norm_backward
+
+    _check_dtypes("layer_norm_backward", grad=grad, x=x, mean=mean, rstd=rstd, weight=weight)
+    _check_normalized_dims("layer_norm_backward", x, normalized_dims)
+    first = x.dim() - normalized_dims
+    _check_sizes("layer_norm_backward", x.shape, grad=grad)
+    _check_sizes("layer_norm_backward", x.shape[first:], weight=weight)
+    _check_counts("layer_norm_backward", x.shape[:first].numel(), mean=mean, rstd=rstd)
+    return layer_norm_backward(grad, x, normalized_dims, mean, rstd, weight)
+
+
+def _layer_norm_backward_params_cuda(
+    grad: Tensor, x: Tensor, normalized_dims: int, mean: Tensor, rstd: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    from .gpu_backward import layer_norm_backward_params
+
+    _check_dtypes("layer_norm_backward_params", grad=grad, x=x, mean=mean, rstd=rstd)
+    check_floating("layer_norm_backward_params", "dtype", dtype)
+    _check_normalized_dims("layer_norm_backward_params", x, normalized_dims)
+    _check_sizes("layer_norm_backward_params", x.shape, grad=grad)
+    rows = x.shape[: x.dim() - normalized_dims].numel()
+    _check_counts("layer_norm_backward_params", rows, mean=mean, rstd=rstd)
+    return layer_norm_backward_params(grad, x, normalized_dims, mean, rstd, dtype)
+
+
+def _group_norm_cuda(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from .gpu import group_norm
+
+    _check_dtypes("group_norm", x=x, weight=weight, bias=bias)
+    _check_groups("group_norm", x, groups)
+    _check_sizes("group_norm", x.shape[1:2], weight=weight, bias=bias)
+    return group_norm(x, groups, weight, bias, eps)
+
+
+def _group_norm_backward_cuda(
+    grad: Tensor, x: Tensor, groups: int, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> Tensor:
+    from .gpu_backward import group_norm_backward
+
+    _check_dtypes("group_norm_backward", grad=grad, x=x, mean=mean, rstd=rstd, weight=weight)
+    _check_groups("group_norm_backward", x, groups)
+    _check_sizes("group_norm_backward", x.shape, grad=grad)
+    _check_sizes("group_norm_backward", x.shape[1:2], weight=weight)
+    _check_counts("group_norm_backward", x.shape[0] * groups, mean=mean, rstd=rstd)
+    return group_norm_backward(grad, x, groups, mean, rstd, weight)
+
+
+def _group_norm_backward_params_cuda(
+    grad: Tensor, x: Tensor, groups: int, mean: Tensor, rstd: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    from .gpu_backward import group_norm_backward_params
+
+    _check_dtypes("group_norm_backward_params", grad=grad, x=x, mean=mean, rstd=rstd)
+    check_floating("group_norm_backward_params", "dtype", dtype)
+    _check_groups("group_norm_backward_params", x, groups)
+    _check_sizes("group_norm_backward_params", x.shape, grad=grad)
+    _check_counts("group_norm_backward_params", x.shape[0] * groups, mean=mean, rstd=rstd)
+    return group_norm_backward_params(grad, x, groups, mean, rstd, dtype)
+
+
+def _check_sizes(op: str, shape: Sequence[int], **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        torch._check_value(
+            tensor is None or tuple(tensor.shape) == tuple(shape),
+            lambda name=name, tensor=tensor: (
+                f"bicompile::{op}: expected {name} of shape {tuple(shape)}, got {tuple(tensor.shape)}; "
+                "pass one number for each element or channel that it belongs to"
+            ),
+        )
+
+
+def _check_counts(op: str, rows: int, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        torch._check_value(
+            tensor.numel() == rows,
+            lambda name=name, tensor=tensor: (
+                f"bicompile::{op}: expected {name} with one number for each of {rows} rows, got shape "
+                f"{tuple(tensor.shape)}; pass what the forward op returned"
+            ),
+        )
+
+
+for _name in ("layer_norm", "group_norm"):
+    for _part in ("", "_backward", "_backward_params"):
+        _LIB.impl(_name + _part, globals()[f"_{_name}{_part}_cuda"], "CUDA")

@@ -99,3 +99,42 @@ def _(x: Tensor, ord: float, dim: Sequence[int], keepdim: bool, dtype: torch.dty
 def _(x: Tensor, dim: Sequence[int], keepdim: bool) -> Tensor:
     check_floating("logsumexp", "x", x.dtype)
     return x.new_empty(reduced_shape("logsumexp", x, dim, keepdim))
+
+
+# -- CUDA: the kernels are imported at the first call, because importing the op must not import triton.
+
+
+def _impl_sum(name: str) -> None:
+    def cuda(x: Tensor, dim: Sequence[int], keepdim: bool, dtype: torch.dtype) -> Tensor:
+        from .gpu import reduce
+
+        return reduce(name, x, dim, keepdim, dtype)
+
+    _LIB.impl(name, cuda, "CUDA")
+
+
+for _name in SUMS:
+    _impl_sum(_name)
+
+
+def _var_cuda(x: Tensor, dim: Sequence[int], correction: float, keepdim: bool, sqrt: bool) -> tuple[Tensor, Tensor]:
+    from .gpu_statistics import var
+
+    return var(x, dim, correction, keepdim, sqrt)
+
+
+def _vector_norm_cuda(x: Tensor, ord: float, dim: Sequence[int], keepdim: bool, dtype: torch.dtype) -> Tensor:
+    from .gpu import vector_norm
+
+    return vector_norm(x, ord, dim, keepdim, dtype)
+
+
+def _logsumexp_cuda(x: Tensor, dim: Sequence[int], keepdim: bool) -> Tensor:
+    from .gpu_statistics import logsumexp
+
+    return logsumexp(x, dim, keepdim)
+
+
+_LIB.impl("var", _var_cuda, "CUDA")
+_LIB.impl("vector_norm", _vector_norm_cuda, "CUDA")
+_LIB.impl("logsumexp", _logsumexp_cuda, "CUDA")

@@ -24,6 +24,34 @@ class ReductionOrder:
     compute: torch.dtype
 
 
+@dataclass(frozen=True)
+class GpuReductionOrder:
+    """Which partial results are combined with which on a GPU.
+
+    The row is cut into sections of ``section`` elements.  In each, lane ``l`` of ``lanes`` combines the elements
+    ``k = l, l + lanes, l + 2 * lanes, ...`` in ascending order, starting from the operation's neutral element.  The
+    lanes of each section are combined by a tree: neighbours, then neighbouring pairs, and so on.  The results of the
+    sections are a row again, reduced by the same rule until one is left.  ``k`` and the roundings are those of
+    ``ReductionOrder``.
+    """
+
+    lanes: int
+    section: int
+    compute: torch.dtype
+
+
 def order_for(n: int, dtype: torch.dtype) -> ReductionOrder:
     """The order of a reduction of ``n`` elements in ``dtype``; today it is the same for every ``n``."""
-    return ReductionOrder(lanes=32, section=4096, compute=torch.float64 if dtype == torch.float64 else torch.float32)
+    return ReductionOrder(lanes=32, section=4096, compute=_compute(dtype))
+
+
+def gpu_order_for(n: int, dtype: torch.dtype) -> GpuReductionOrder:
+    """The order of a reduction of ``n`` elements in ``dtype`` on a GPU; today it is the same for every ``n``.
+
+    A section is what one program holds in registers: the hidden sizes of most models fit into one.
+    """
+    return GpuReductionOrder(lanes=1024, section=8192, compute=_compute(dtype))
+
+
+def _compute(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -18,7 +18,7 @@ _LIB.define("logcumsumexp(Tensor x, int dim) -> Tensor", tags=_TAGS)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _scan_fake(op: str, x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+def _check(op: str, x: Tensor, dim: int, dtype: torch.dtype) -> None:
     rank = max(x.dim(), 1)
     torch._check(
         -rank <= dim < rank,
@@ -32,6 +32,10 @@ def _scan_fake(op: str, x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
         ),
     )
     torch._check(not x.is_complex(), lambda: f"bicompile::{op}: expected a real x, got {x.dtype}")
+
+
+def _scan_fake(op: str, x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    _check(op, x, dim, dtype)
     return x.new_empty(x.shape, dtype=dtype)
 
 
@@ -48,3 +52,32 @@ def _(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
 @torch.library.register_fake("bicompile::logcumsumexp", lib=_LIB)
 def _(x: Tensor, dim: int) -> Tensor:
     return _scan_fake("logcumsumexp", x, dim, x.dtype)
+
+
+# -- CUDA: the kernels are imported at the first call, because importing the op must not import triton.
+
+
+def _cumsum_cuda(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    from .gpu import scan
+
+    _check("cumsum", x, dim, dtype)
+    return scan(x, "add", dim, dtype)
+
+
+def _cumprod_cuda(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    from .gpu import scan
+
+    _check("cumprod", x, dim, dtype)
+    return scan(x, "multiply", dim, dtype)
+
+
+def _logcumsumexp_cuda(x: Tensor, dim: int) -> Tensor:
+    from .gpu import scan
+
+    _check("logcumsumexp", x, dim, x.dtype)
+    return scan(x, "logaddexp", dim, x.dtype)
+
+
+_LIB.impl("cumsum", _cumsum_cuda, "CUDA")
+_LIB.impl("cumprod", _cumprod_cuda, "CUDA")
+_LIB.impl("logcumsumexp", _logcumsumexp_cuda, "CUDA")

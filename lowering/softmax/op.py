@@ -45,3 +45,19 @@ def _(grad: Tensor, y: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tenso
         ),
     )
     return y.new_empty(y.shape, dtype=dtype)
+
+
+def _softmax_cuda(x: Tensor, dim: int, log: bool, dtype: torch.dtype, safe: bool = False) -> Tensor:
+    from .gpu import softmax  # late: importing the op must not import triton
+
+    return softmax(x, dim, log, dtype, safe)
+
+
+def _softmax_backward_cuda(grad: Tensor, y: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
+    from .gpu import softmax_backward
+
+    return softmax_backward(grad, y, dim, log, dtype)
+
+
+_LIB.impl("softmax", _softmax_cuda, "CUDA")
+_LIB.impl("softmax_backward", _softmax_backward_cuda, "CUDA")

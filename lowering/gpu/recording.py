@@ -1,0 +1,48 @@
+"""Which kernels a call would launch, with which types and constants: what is compiled ahead of time for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from .ahead import Compilation
+from .launch import Launch
+
+_TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def recorded(name: str, call: Callable[..., Any], *arguments: Any) -> list[Compilation]:
+    """The compilations of ``call(*arguments)``, made on tensors of the meta device: no kernel runs.
+
+    Addresses are taken to be divisible by 16, as those of whole tensors are.
+    """
+    found: list[Compilation] = []
+
+    def record(launch: Launch, device: int, *tensors: Tensor | None) -> None:
+        found.append(_compilation(f"{name}, launch {len(found)}", launch, tensors))
+
+    with mock.patch.object(Launch, "__call__", record):
+        call(*arguments)
+    return found
+
+
+def _compilation(name: str, launch: Launch, tensors: tuple[Tensor | None, ...]) -> Compilation:
+    kernel = launch.kernel
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    arguments = (*tensors, *launch.tail)
+    for parameter, value in zip(kernel.params, arguments, strict=True):
+        if parameter.is_constexpr or value is None:
+            constants[parameter.name] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = f"*{_TYPES[value.dtype]}:16"
+        elif value == 1 and not parameter.do_not_specialize:
+            constants[parameter.name] = 1
+        else:
+            divisible = ":16" if value % 16 == 0 and not parameter.do_not_specialize else ""
+            signature[parameter.name] = ("i32" if value < 2**31 else "i64") + divisible
+    return Compilation(name, kernel, signature, constants, launch.options["num_warps"], launch.options["num_stages"])

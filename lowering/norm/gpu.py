@@ -1,0 +1,246 @@
+"""Layer norm and group norm on a GPU: like the softmax, a row of one section is read once, a longer one twice.
+
+A row is the normalized part of ``x``, dense in memory: one trailing block for a layer norm, one group of channels for a
+group norm.  Statistics of longer rows are merged as in ``reduction.gpu_statistics``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bicompile.lowering.gpu.launch import Launch, key_of, on_device, planned
+from bicompile.lowering.gpu.rows import (
+    Cut,
+    Level,
+    compute_dtype,
+    divide,
+    fold_chunks,
+    load_section,
+    row_offsets,
+    square_root,
+    store_section,
+    triton_type,
+)
+from bicompile.lowering.gpu.selftest import require_rows
+from bicompile.lowering.reduction.gpu import FOLLOWS_BATCH, Rows, finish
+from bicompile.lowering.reduction.gpu_statistics import merged_moments, moments, squares_of
+from bicompile.lowering.reduction.schedule import row_schedule_for
+
+
+@triton.jit
+def load_parameter(
+    ptr,
+    rows,
+    start,
+    left,
+    channels,
+    inner,
+    BY: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """The parameter of each element of one section of ROWS rows, a tuple of [1 or ROWS, LANES].
+
+    BY ``element``, number ``k`` of a row has parameter ``k``; by ``channel``, each group of ``channels`` channels is a
+    row, and a channel has ``inner`` elements.  ``rows`` are then numbers of groups.
+    """
+    ws = ()
+    for j in tl.static_range(CHUNKS):
+        at = j * LANES + tl.arange(0, LANES)
+        inside = (at < left)[None, :]
+        if BY == "element":
+            k = (start + at)[None, :]
+        else:
+            k = (rows * channels)[:, None] + ((start + at) // inner)[None, :]
+            inside = inside & (rows >= 0)[:, None]
+        ws = ws + (tl.load(ptr + k, mask=inside, other=0.0).to(COMPUTE),)
+    return ws
+
+
+@triton.jit(do_not_specialize=FOLLOWS_BATCH)
+def _norm_kernel(
+    x_ptr,
+    sum_ptr,
+    m2_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    mean_ptr,
+    rstd_ptr,
+    num_rows,
+    n,
+    sections,
+    parts,
+    size,
+    groups,
+    channels,
+    inner,
+    row_size,
+    row_stride,
+    row_step,
+    EPS: tl.constexpr,
+    BY: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    TWO_ROWS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Write one section of ROWS dense rows; of rows that are WHOLE here, the statistics are taken on the way."""
+    pid = tl.program_id(0).to(tl.int64)
+    section = pid % sections
+    rows = pid // sections * ROWS + tl.arange(0, ROWS)
+    start = section * (LANES * CHUNKS)
+    left = tl.minimum(n - start, LANES * CHUNKS).to(tl.int32)
+    p = x_ptr + row_offsets(rows, row_size, row_stride, row_step, TWO_ROWS) + start
+    xs = load_section(p, rows, num_rows, left, 0.0, ROWS, LANES, CHUNKS, WHOLE, COMPUTE)
+    if WHOLE:
+        mean = finish(fold_chunks(xs, "add", ROWS, LANES), n, "mean", 0.0)
+        m2 = fold_chunks(squares_of(xs, mean, rows, num_rows, left, ROWS, LANES), "add", ROWS, LANES)
+    else:
+        _, mean, m2 = merged_moments(sum_ptr, m2_ptr, pid // sections * parts, 1, 0, parts, size, n, PARTS, 1, COMPUTE)
+    one = tl.full(m2.shape, 1.0, COMPUTE)
+    rstd = divide(one, square_root(finish(m2, n, "mean", 0.0) + tl.full(m2.shape, EPS, COMPUTE)))
+    ys = ()
+    for j in tl.static_range(CHUNKS):
+        ys = ys + ((xs[j] - mean[:, None]) * rstd[:, None],)
+    if weight_ptr is not None:
+        ws = load_parameter(weight_ptr, rows % groups, start, left, channels, inner, BY, ROWS, LANES, CHUNKS, COMPUTE)
+        scaled = ()
+        for j in tl.static_range(CHUNKS):
+            scaled = scaled + (ys[j] * ws[j],)
+        ys = scaled
+    if bias_ptr is not None:
+        bs = load_parameter(bias_ptr, rows % groups, start, left, channels, inner, BY, ROWS, LANES, CHUNKS, COMPUTE)
+        moved = ()
+        for j in tl.static_range(CHUNKS):
+            moved = moved + (ys[j] + bs[j],)
+        ys = moved
+    store_section(out_ptr + rows * n + start, ys, rows, num_rows, left, ROWS, LANES, CHUNKS, WHOLE)
+    here = (rows < num_rows) & (section == 0)
+    tl.store(mean_ptr + rows, mean, mask=here)
+    tl.store(rstd_ptr + rows, rstd, mask=here)
+
+
+# -- Plans ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Which parameter an element has: number ``k`` of its row, or that of its channel.
+
+    Attributes:
+        by: ``element`` or ``channel``.
+        groups, channels, inner: of a group norm, how many groups, channels in a group and elements in a channel.
+    """
+
+    by: str = "element"
+    groups: int = 1
+    channels: int = 1
+    inner: int = 1
+
+    @property
+    def walk(self) -> tuple[int, int, int]:
+        """What ``load_parameter`` takes."""
+        return self.groups, self.channels, self.inner
+
+
+def rows_of(x: Tensor) -> Rows | None:
+    """Where the rows of ``x``, [..., n], lie; None if they are not dense or lie in more than two levels."""
+    walk = Level.of(list(zip(x.shape, x.stride(), strict=True))[:-1])
+    if walk is None or (x.shape[-1] > 1 and x.stride(-1) != 1):
+        return None
+    return Rows(walk, Level(x.shape[-1], 1, 0, 1, False), x.device)
+
+
+def plan_norm(
+    at: Rows, compute: torch.dtype, parameters: Parameters, eps: float
+) -> Callable[[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor, Tensor]], None]:
+    """A step that normalises rows; the results are y, mean and rstd."""
+    require_rows(at.device)
+    cut, rows, index = Cut.of(at.cols.count, compute), at.rows.count, at.device.index
+    statistics, parts = (None, 1) if cut.whole else moments(at, compute, None)
+    size = cut.lanes * cut.chunks * triton.cdiv(cut.sections, parts)
+    chosen = row_schedule_for(rows, cut.lanes, cut.chunks, cut.sections)
+    launch = Launch(
+        _norm_kernel,
+        (triton.cdiv(rows, chosen.rows) * cut.sections,),
+        (rows, cut.n, cut.sections, parts, size, *parameters.walk, *at.rows.walk),
+        (
+            *(eps, parameters.by, triton.next_power_of_2(parts), chosen.rows, cut.lanes, cut.chunks, cut.whole),
+            *(at.rows.two, triton_type(compute)),
+        ),
+        chosen.warps,
+    )
+
+    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None, out: tuple[Tensor, Tensor, Tensor]) -> None:
+        sums, m2 = (None, None) if statistics is None else statistics(x)
+        launch(index, x, sums, m2, weight, bias, *out)
+
+    return run
+
+
+# -- The ops ----------------------------------------------------------------------------------------------------------
+
+
+@on_device
+def _norm(
+    x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float, parameters: Parameters
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y like ``x``, [..., n], and one mean and rstd for each row, of ``shape``."""
+    compute = compute_dtype(x.dtype)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean, rstd = (torch.empty(shape, dtype=compute, device=x.device) for _ in range(2))
+    if x.numel() == 0:
+        return y, mean.fill_(float("nan")), rstd.fill_(float("nan"))
+    at = rows_of(x)
+    if at is None:
+        x = x.contiguous()
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    key = ("norm", parameters, eps, key_of(x), *(None if t is None else key_of(t) for t in (weight, bias)))
+
+    def build() -> Callable[..., None]:
+        at = rows_of(x)
+        assert at is not None
+        return plan_norm(at, compute, parameters, eps)
+
+    planned(key, build)(x, weight, bias, (y, mean, rstd))
+    return y, mean, rstd
+
+
+def layer_norm(
+    x: Tensor, normalized_dims: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, mean and rstd; a row is the last ``normalized_dims`` dims of ``x``."""
+    first = x.dim() - normalized_dims
+    shape = (*x.shape[:first], *([1] * normalized_dims))
+    y, mean, rstd = _norm(x.flatten(first), shape, weight, bias, eps, Parameters())
+    return y.view(x.shape), mean, rstd
+
+
+def group_norm(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, mean and rstd, both [N, groups]; a row is one group of channels of one sample."""
+    y, mean, rstd = _norm(by_group(x, groups), (x.shape[0], groups), weight, bias, eps, of_channels(x, groups))
+    return y.view(x.shape), mean, rstd
+
+
+def by_group(x: Tensor, groups: int) -> Tensor:
+    """``x`` as [N, groups, elements of a group]."""
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups * x.shape[2:].numel())
+
+
+def of_channels(x: Tensor, groups: int) -> Parameters:
+    """The parameters of the elements of ``by_group``."""
+    return Parameters("channel", groups, x.shape[1] // groups, max(x.shape[2:].numel(), 1))

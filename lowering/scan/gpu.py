@@ -1,0 +1,187 @@
+"""Scans on a GPU: segments of a row side by side, each walked by one thread, then told what came before it.
+
+A row is cut into segments of ``order.gpu_order_for``.  Rows of one segment take one launch.  Longer ones take three
+steps: the total of each segment, an exclusive scan of the totals, which are a row again, and the scan of each segment
+from what came before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bicompile.lowering.gpu.launch import Launch, key_of, on_device, planned
+from bicompile.lowering.gpu.rows import Level, divide, exponential, larger, row_offsets, triton_type
+from bicompile.lowering.reduction.op import canonical_dim
+
+from .order import gpu_order_for
+from .schedule import schedule_for
+
+
+@triton.jit
+def _log_one_plus(x):
+    """``log(1 + x)`` for x in [0, 1]: what ``1 + x`` loses is put back."""
+    one = tl.full(x.shape, 1.0, x.dtype)
+    total = one + x
+    return tl.log(total) + divide(x - (total - one), total)
+
+
+@triton.jit
+def _step(running, x, HOW: tl.constexpr):
+    """The running value after ``x``."""
+    if HOW == "add":
+        return running + x
+    elif HOW == "multiply":
+        return running * x
+    else:
+        high = larger(running, x)
+        low = tl.minimum(running, x)
+        return tl.where(tl.abs(high) == float("inf"), high, high + _log_one_plus(exponential(low - high, False)))
+
+
+@triton.constexpr_function
+def _start(how):
+    """What changes nothing in ``_step``."""
+    return {"add": 0.0, "multiply": 1.0, "logaddexp": float("-inf")}[how]
+
+
+@triton.jit(do_not_specialize=["num_rows", "inner"])
+def _scan_kernel(
+    x_ptr,
+    before_ptr,
+    out_ptr,
+    num_rows,
+    n,
+    segments,
+    inner,
+    step,
+    row_size,
+    row_stride,
+    row_step,
+    HOW: tl.constexpr,
+    STAGE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TWO_ROWS: tl.constexpr,
+    CONVERT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Scan one segment in each of WIDTH lanes.
+
+    STAGE ``total`` writes ``out[segment, row]``; ``exclusive`` writes, for each element, what came before it.
+    ``before_ptr`` has what came before each segment, ``before[segment, row]``, where there is more than one.  Lanes
+    are rows first where these lie side by side (``inner`` > 1), else segments first.
+    """
+    lane = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    if inner > 1:
+        row, segment = lane % num_rows, lane // num_rows
+    else:
+        row, segment = lane // segments, lane % segments
+    live = (row < num_rows) & (segment < segments)
+    p = x_ptr + row_offsets(row, row_size, row_stride, row_step, TWO_ROWS)
+    to = out_ptr + row // inner * n * inner + row % inner
+    running = tl.full([WIDTH], _start(HOW), COMPUTE)
+    if before_ptr is not None:
+        running = tl.load(before_ptr + segment * num_rows + row, mask=live, other=0.0)
+    first = segment * SEGMENT
+    for i in range(0, tl.minimum(n, SEGMENT), UNROLL):
+        for j in tl.static_range(UNROLL):
+            k = first + i + j
+            inside = live & (k < n)
+            x = tl.load(p + k * step, mask=inside, other=_start(HOW)).to(CONVERT).to(COMPUTE)
+            if STAGE == "exclusive":
+                tl.store(to + k * inner, running.to(out_ptr.dtype.element_ty), mask=inside)
+            running = _step(running, x, HOW)
+            if STAGE == "inclusive":
+                tl.store(to + k * inner, running.to(out_ptr.dtype.element_ty), mask=inside)
+    if STAGE == "total":
+        tl.store(out_ptr + segment * num_rows + row, running, mask=live)
+
+
+# -- Plans ------------------------------------------------------------------------------------------------------------
+
+Step = Callable[[Tensor, Tensor], None]
+"""Scans a tensor into a contiguous result."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where rows of ``n`` elements, ``step`` apart, lie; in the result, ``inner`` of them lie side by side."""
+
+    rows: Level
+    n: int
+    step: int
+    inner: int
+    device: torch.device
+
+
+def plan_scan(at: Rows, how: str, convert: torch.dtype, compute: torch.dtype, stage: str) -> Step:
+    """A step that scans each row of ``at``; elements are rounded to ``convert`` first."""
+    order = gpu_order_for(convert)
+    segments, rows, index = triton.cdiv(at.n, order.segment), at.rows.count, at.device.index
+    schedule = schedule_for(rows * segments)
+
+    def launch(stage: str) -> Launch:
+        return Launch(
+            _scan_kernel,
+            (triton.cdiv(rows * segments, schedule.width),),
+            (rows, at.n, segments, at.inner, at.step, *at.rows.walk),
+            (
+                *(how, stage, order.segment, schedule.unroll, schedule.width, at.rows.two),
+                *(triton_type(convert), triton_type(compute)),
+            ),
+            schedule.warps,
+        )
+
+    whole = launch(stage)
+    if segments == 1:
+        return lambda x, out: whole(index, x, None, out)
+    totals_of = launch("total")
+    # Totals are [segment, row]: rows side by side.
+    of_totals = Rows(Level(rows, 1, 0, 1, False), segments, rows, rows, at.device)
+    scan_totals = plan_scan(of_totals, how, compute, compute, "exclusive")
+
+    def run(x: Tensor, out: Tensor) -> None:
+        totals, before = (torch.empty((segments, rows), dtype=compute, device=at.device) for _ in range(2))
+        totals_of(index, x, None, totals)
+        scan_totals(totals, before)
+        whole(index, x, before, out)
+
+    return run
+
+
+def _rows_of(x: Tensor, dim: int) -> Rows | None:
+    """Where the rows of ``x`` along ``dim`` lie; None if they take more than two levels."""
+    where = list(zip(x.shape, x.stride(), strict=True))
+    walk = Level.of([place for d, place in enumerate(where) if d != dim])
+    if walk is None:
+        return None
+    return Rows(walk, x.shape[dim], x.stride(dim), x.shape[dim + 1 :].numel(), x.device)
+
+
+# -- The ops ----------------------------------------------------------------------------------------------------------
+
+
+@on_device
+def scan(x: Tensor, how: str, dim: int, dtype: torch.dtype) -> Tensor:
+    """Running sums, products or log-sum-exps of ``x``, converted to ``dtype`` first, along ``dim``; contiguous."""
+    dim = canonical_dim({"add": "cumsum", "multiply": "cumprod"}.get(how, "logcumsumexp"), dim, x.dim())
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if x.numel() == 0:
+        return out
+    wide = x.reshape(1) if x.dim() == 0 else x
+    wide = wide if _rows_of(wide, dim) is not None else wide.contiguous()
+
+    def build() -> Step:
+        at = _rows_of(wide, dim)
+        assert at is not None
+        return plan_scan(at, how, dtype, gpu_order_for(dtype).accumulate, "inclusive")
+
+    planned(("scan", how, dim, dtype, key_of(wide)), build)(wide, out)
+    return out

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
 from torch._ops import OpOverload, OpOverloadPacket
 
+from . import windows
 from .errors import UnsupportedOpError
 from .lowering.attention.op import scaled_dot_product_attention
 
@@ -206,6 +207,19 @@ def _native_attention(
     return y, query.new_empty(0)
 
 
+def _first_extremum(arg: Callable[..., Tensor]) -> Callable[..., Any]:
+    """max and min over a dim: of equal elements, such as 0.0 and -0.0, the first."""
+
+    def extremum(x: Tensor, dim: int, keepdim: bool = False) -> Any:
+        if not x.is_floating_point() or not x.dim():
+            return NotImplemented
+        indices = arg(x, dim, keepdim=True)
+        values = torch.gather(x, dim, indices)
+        return (values, indices) if keepdim else (values.squeeze(dim), indices.squeeze(dim))
+
+    return extremum
+
+
 def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
     return torch.sort(x, stable=True, dim=dim, descending=descending)
 
@@ -231,6 +245,8 @@ _NORMAL_FORMS: dict[OpOverload, Callable[..., Any]] = {
     aten.dot.default: _dot,
     aten.vdot.default: _dot,
     aten.addbmm.default: _addbmm,
+    aten.max.dim: _first_extremum(torch.argmax),
+    aten.min.dim: _first_extremum(torch.argmin),
     aten.sort.default: _sort,
     aten.sort.stable: _stable_sort,
     aten._fused_rms_norm.default: _fused_rms_norm,
@@ -257,4 +273,4 @@ def decomposition_table() -> dict[OpOverload, Callable[..., Any]]:
     for packet in _KEPT_WHOLE:
         for overload in packet.overloads():
             table.pop(getattr(packet, overload), None)
-    return table | _NORMAL_FORMS
+    return table | _NORMAL_FORMS | windows.NORMAL_FORMS

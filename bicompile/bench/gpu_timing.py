@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,18 +11,19 @@ import torch
 from .timing import Timing
 
 _FLUSH_BYTES = 256 << 20
-"""Larger than any L2 cache; writing them takes about 100 us, in which the CPU queues the next call."""
-_LEAD_CYCLES = 2_000_000
+"""Larger than any L2 cache; writing them takes about 100 us."""
+_CALLS_QUEUED = 50
+"""Four entries of the device's queue each, which holds about 1000."""
+_CYCLES_PER_SECOND = 2e9
 
 
 def gpu_interleaved(runs: Mapping[str, Callable[[], Any]], ms: float = 100.0, rounds: int = 200) -> dict[str, Timing]:
     """Time each of ``runs`` in turns, with CUDA events around each single call and L2 overwritten before it.
 
-    The GPU is kept behind the CPU, so what is measured is the GPU's time, unless a call keeps the CPU busy for longer
-    than the GPU (about 100 us more than the call itself).
+    The GPU sleeps while the CPU queues the calls, so that what is measured is the GPU's time alone.
 
     Args:
-        runs: name to a call without arguments, on the current CUDA device.
+        runs: name to a call without arguments, on the current CUDA device, that does not wait for the device.
         ms: about how many milliseconds of calls in all, warming up and overwriting L2 excluded.
         rounds: how many turns each gets, at most; never fewer than 7, however slow the calls are.
 
@@ -29,23 +31,33 @@ def gpu_interleaved(runs: Mapping[str, Callable[[], Any]], ms: float = 100.0, ro
         name to its timing; every timing has the same number of rounds.
     """
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    once = {}
+    once, queueing = {}, 0.0
     for name, run in runs.items():
         run()
-        once[name] = _taken({name: run}, [name] * 3, flush)[name][-1]
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        queueing = max(queueing, time.perf_counter() - start)
+        once[name] = min(_taken({name: run}, [name] * 3, flush, queueing)[name])
     rounds = max(7, min(rounds, int(ms * 1e-3 / sum(once.values()))))
     names = list(runs)
     turns: list[str] = []
     for turn in range(rounds):
         first = turn % len(names)
         turns += names[first:] + names[:first]
-    return {name: Timing(tuple(seconds)) for name, seconds in _taken(runs, turns, flush).items()}
+    taken: dict[str, list[float]] = {name: [] for name in names}
+    for first in range(0, len(turns), _CALLS_QUEUED):
+        for name, seconds in _taken(runs, turns[first : first + _CALLS_QUEUED], flush, queueing).items():
+            taken[name] += seconds
+    return {name: Timing(tuple(seconds)) for name, seconds in taken.items()}
 
 
-def _taken(runs: Mapping[str, Callable[[], Any]], turns: list[str], flush: torch.Tensor) -> dict[str, list[float]]:
-    """The seconds of each call, by name, for the calls in ``turns``."""
+def _taken(
+    runs: Mapping[str, Callable[[], Any]], turns: list[str], flush: torch.Tensor, queueing: float
+) -> dict[str, list[float]]:
+    """The seconds of each call in ``turns``, by name; the CPU needs ``queueing`` seconds to queue one."""
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in turns]
-    torch.cuda._sleep(_LEAD_CYCLES)
+    torch.cuda._sleep(int(_CYCLES_PER_SECOND * (queueing + 50e-6) * len(turns)))
     for name, (start, end) in zip(turns, events, strict=True):
         flush.zero_()
         start.record()

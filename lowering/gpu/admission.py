@@ -83,7 +83,10 @@ class Admission:
             if torch.cuda.is_current_stream_capturing():
                 return False
             with _lock, torch.cuda.device(device), torch.no_grad():
-                verdict = self._judge(str(schedule), run, reference)
+                try:
+                    verdict = self._judge(str(schedule), run, reference)
+                except torch.OutOfMemoryError:  # no room for the probes now; the schedule is not to blame
+                    return False
                 self._keep(device, verdict)
         return verdict.admitted
 
@@ -104,6 +107,8 @@ class Admission:
                 if not equal_bits(ours, theirs):
                     share = (bits_of(ours) != bits_of(theirs)).double().mean().item()
                     return Verdict(self.family, name, False, f"probe {number}: {share:.2%} of elements differ")
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # out of shared memory, a compiler that fails: the schedule cannot be used here
             return Verdict(self.family, name, False, f"{type(error).__name__}: {str(error).strip()[:200]}")
         return Verdict(self.family, name, True)

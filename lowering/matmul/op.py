@@ -78,3 +78,33 @@ def _checked_addend(op: str, c: Tensor, out: Tensor) -> Tensor:
     )
     c.expand(out.shape)  # raises, or notes for symbolic sizes, that it broadcasts
     return out
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    from . import gpu  # late: importing the op must not import triton
+
+    return gpu.mm(a, b)
+
+
+def _bmm(a: Tensor, b: Tensor) -> Tensor:
+    from . import gpu
+
+    return gpu.bmm(a, b)
+
+
+def _addmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+    from . import gpu
+
+    return gpu.addmm(c, a, b, beta, alpha)
+
+
+def _baddbmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+    from . import gpu
+
+    return gpu.baddbmm(c, a, b, beta, alpha)
+
+
+_LIB.impl("mm", _mm, "CUDA")
+_LIB.impl("bmm", _bmm, "CUDA")
+_LIB.impl("addmm", _addmm, "CUDA")
+_LIB.impl("baddbmm", _baddbmm, "CUDA")

@@ -40,3 +40,53 @@ def order_for(length: int, dtype: torch.dtype) -> MatmulOrder:
         odd_first=pairs,
         flush_denormals=pairs,
     )
+
+
+@dataclass(frozen=True)
+class GpuMatmulOrder:
+    """One chain over ascending k, from +0: each step adds the products of ``group`` neighbouring k to the accumulator.
+
+    What happens inside a group is up to the tensor core, which adds the group's products and the accumulator as one
+    sum; without a tensor core, ``group`` is 1 and each step is one fused multiply-add.  The end of the chain is
+    rounded once to the output type; what ``addmm`` adds is added after that, in the output type.
+
+    K is never cut: a split over programs, or a second accumulator, would be another order.
+    """
+
+    length: int
+    """How many products are added: K."""
+    group: int
+    """How many k one step takes; those past the end count as 0."""
+    accumulator: torch.dtype
+    """The type of the chain."""
+    factor_bits: int
+    """Significant bits of a factor: 11 for TF32, to which float32 factors are then rounded; else all of the type."""
+
+
+_GPU_GROUPS = {
+    torch.bfloat16: 16,
+    torch.float16: 16,
+    torch.float32: 1,
+    torch.float64: 1,
+    torch.float8_e4m3fn: 32,
+    torch.float8_e5m2: 32,
+}
+_FACTOR_BITS = {
+    torch.bfloat16: 8,
+    torch.float16: 11,
+    torch.float32: 24,
+    torch.float64: 53,
+    torch.float8_e4m3fn: 4,
+    torch.float8_e5m2: 3,
+}
+
+
+def gpu_order_for(length: int, dtype: torch.dtype, tf32: bool = False) -> GpuMatmulOrder:
+    """The one order on a GPU.  ``tf32``: the user lets torch round float32 factors to TF32."""
+    rounded = tf32 and dtype == torch.float32
+    return GpuMatmulOrder(
+        length=length,
+        group=8 if rounded else _GPU_GROUPS[dtype],
+        accumulator=torch.float64 if dtype == torch.float64 else torch.float32,
+        factor_bits=11 if rounded else _FACTOR_BITS[dtype],
+    )

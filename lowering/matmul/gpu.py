@@ -1,0 +1,195 @@
+"""Matrix products on NVIDIA GPUs: choose an admitted schedule for the sizes at hand, keep it, and run it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bicompile.lowering.gpu.admission import Admission
+from bicompile.lowering.gpu.device import device_key
+from bicompile.lowering.gpu.launch import INTERPRETED, is_capturing, key_of, on_device, planned
+
+from . import cublaslt, probes
+from .problem import Problem, problem_of
+from .runners import Runner, can_ask_library, library_product, library_runner, num_sms, stream_runner, tile_runner
+from .schedule import (
+    REFERENCES,
+    LibrarySchedule,
+    OwnSchedule,
+    Schedule,
+    TileSchedule,
+    preferences,
+    table_for,
+)
+
+_FOLDER = Path(__file__).parent
+ADMISSION = Admission(
+    "matmul", [_FOLDER / name for name in ("gpu_kernels.py", "runners.py", "probes.py", "problem.py", "cublaslt.py")]
+)
+_SUGGESTIONS = 8
+"""How many of cuBLASLt's suggestions are tried: on an H100 the first few hold the fastest."""
+_PROBE_ELEMENTS = 1 << 24
+"""Elements of a factor of a probe at full size: as many as keep the probe's memory below 200 MB."""
+
+
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of ``[M, K]`` and ``[K, N]``."""
+    return _product(a, b, None)
+
+
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of ``[B, M, K]`` and ``[B, K, N]``."""
+    return _product(a, b, None)
+
+
+def addmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+    """``beta * c + alpha * (a @ b)``, every operation rounded to the dtype; with ``beta`` 0, ``c`` is not looked at."""
+    if alpha == 1 and beta == 1:
+        return _product(a, b, c.expand(*a.shape[:-1], b.shape[-1]))
+    y = _product(a, b, None)
+    if alpha != 1:
+        y = y * alpha
+    return y if beta == 0 else y + (c if beta == 1 else c * beta)
+
+
+def baddbmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+    """:func:`addmm` for each of a batch."""
+    return addmm(c, a, b, beta, alpha)
+
+
+@on_device
+def _product(a: Tensor, b: Tensor, c: Tensor | None) -> Tensor:
+    """``a @ b``, or ``a @ b + c`` with ``c`` of the result's shape."""
+    tf32 = a.dtype == torch.float32 and allows_tf32()
+    key = ("matmul", key_of(a), key_of(b), tf32, c is None)
+    runner = planned(key, lambda: _plan(problem_of(a, b, a.dtype, tf32, c is not None), a.device))
+    out = a.new_empty((*a.shape[:-1], b.shape[-1]))
+    runner(a, b, c, out)
+    return out
+
+
+def allows_tf32() -> bool:
+    """Whether torch's own settings let float32 factors be rounded to TF32."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _plan(problem: Problem, device: torch.device) -> Runner:
+    """The runner of the first schedule among the preferences that is admitted."""
+    p = problem
+    if min(p.batch, p.m, p.n) == 0:
+        return lambda a, b, c, out: None
+    if INTERPRETED:
+        return tile_runner(REFERENCES[p.dtype], p, 0)
+    index = device.index
+    wanted = preferences(p, table_for(device_key(index).capability), num_sms(index))
+    for schedule in wanted[:-1]:
+        runner = admitted_runner(schedule, p, device)
+        if runner is not None:
+            return runner
+    return runner_of(REFERENCES[p.dtype], p, index)
+
+
+def admitted_runner(schedule: Schedule, problem: Problem, device: torch.device) -> Runner | None:
+    """``schedule`` ready to run, or None where it cannot run this problem, or gave other bits than the reference."""
+    if isinstance(schedule, LibrarySchedule):
+        return next(library_runners(schedule, problem, device), None)
+    if schedule == REFERENCES[problem.dtype]:
+        return runner_of(schedule, problem, device.index)
+    key = f"{schedule}, {_compilation_of(schedule, problem)}"
+    sizes = probes.small_probes(problem, schedule.block_m, schedule.block_n)
+    run = functools.partial(_results, lambda p: runner_of(schedule, p, device.index), sizes, device)
+    if not ADMISSION.allows(key, device.index, run, _reference(sizes, device)):
+        return None
+    return runner_of(schedule, problem, device.index)
+
+
+def library_runners(schedule: LibrarySchedule, problem: Problem, device: torch.device) -> Iterator[Runner]:
+    """The admitted ones among cuBLASLt's suggestions, the one that it thinks fastest first."""
+    p = problem
+    if is_capturing() or not can_ask_library(p) or not cublaslt.available():
+        return
+    try:
+        found = cublaslt.algorithms(library_product(p), device.index, _SUGGESTIONS)
+    except cublaslt.CublasLtError:
+        return
+    for algorithm in found[schedule.first :]:
+        key = f"cuBLASLt {cublaslt.version()} {algorithm.config}, {_shape_of(p)}"
+
+        def runner_for(probe: Problem, algorithm: cublaslt.Algorithm = algorithm) -> Runner:
+            return library_runner(algorithm.moved_to(library_product(probe), device.index), probe, device.index)
+
+        @functools.cache
+        def sizes(runner_for: Callable[[Problem], Runner] = runner_for) -> list[Problem]:
+            return [probe for probe in probes.full_probes(p, _PROBE_ELEMENTS) if _takes(runner_for, probe)]
+
+        def run(sizes: Any = sizes, runner_for: Any = runner_for) -> Iterator[Tensor]:
+            return _results(runner_for, sizes(), device)
+
+        def reference(sizes: Any = sizes) -> Iterator[Tensor]:
+            return _results(lambda probe: runner_of(REFERENCES[p.dtype], probe, device.index), sizes(), device)
+
+        if ADMISSION.allows(key, device.index, run, reference):
+            yield library_runner(algorithm, p, device.index)
+
+
+def _takes(runner_for: Callable[[Problem], Runner], problem: Problem) -> bool:
+    """Whether an algorithm can compute a problem of these sizes."""
+    try:
+        runner_for(problem)
+    except cublaslt.CublasLtError:
+        return False
+    return True
+
+
+def runner_of(schedule: OwnSchedule, problem: Problem, device: int) -> Runner:
+    """``schedule`` ready to run ``problem``, admitted or not."""
+    if isinstance(schedule, TileSchedule):
+        return tile_runner(schedule, problem, device)
+    return stream_runner(schedule, problem, device)
+
+
+def _reference(sizes: list[Problem], device: torch.device) -> Callable[[], Iterable[Tensor]]:
+    """The reference schedule's results on the probes."""
+    return lambda: _results(lambda p: runner_of(REFERENCES[p.dtype], p, device.index), sizes, device)
+
+
+def _results(runner_for: Callable[[Problem], Runner], sizes: list[Problem], device: torch.device) -> Iterator[Tensor]:
+    """What a schedule makes of the probes of each size."""
+    for p in sizes:
+        runner = runner_for(p)
+        for a, b, c in probes.factors(p, device):
+            out = torch.full((*a.shape[:-1], p.n), torch.nan, dtype=p.out, device=device)
+            runner(a, b, c, out)
+            yield out
+
+
+def _compilation_of(schedule: Any, problem: Problem) -> str:
+    """Everything that makes another binary of a schedule of ours."""
+    p = problem
+    ragged = "even" if p.k % schedule.block_k == 0 else "ragged"
+    integers = (p.n, p.k, p.a.row, p.a.column, p.b.row, p.b.column, p.a.step, p.b.step)
+    divisible = "".join("1" if n == 1 else "-" if n % 16 else "a" for n in integers)
+    loose = [name for name, factor in (("loose a", p.a), ("loose b", p.b)) if not factor.aligned]
+    return " ".join([_name(p.dtype), _name(p.out), p.layout, ragged, divisible, *loose, *_flags(p)])
+
+
+def _shape_of(problem: Problem) -> str:
+    """Everything but the number of rows, or of what is added up in a weight's gradient."""
+    p = problem
+    k = p.k if p.a_by_k else f"<{1 << p.k.bit_length()}"
+    aligned = "aligned" if p.is_aligned else "loose"
+    batched = ["batched"] if p.batch > 1 else []
+    return " ".join([_name(p.dtype), _name(p.out), p.layout, f"{k}x{p.n}", aligned, *batched, *_flags(p)])
+
+
+def _flags(problem: Problem) -> list[str]:
+    return [name for name in ("tf32", "add", "wide") if getattr(problem, name)]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -9,11 +9,13 @@ greatest ``score + gumbel noise``, which draws from the softmax of the scores.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .covered import covered
 
@@ -119,7 +121,9 @@ def gumbel(seeds: Tensor, position: int, vocabulary: int) -> Tensor:
 
     Numerics: the bits below are exact on every device; the logarithms are those of the device's lowering.
     """
-    words = philox(seeds, position, -(-vocabulary // 4))[:, :vocabulary]
+    # Integers need no lowering, and a dispatch mode would cost more than they do.
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else _disable_current_modes():
+        words = philox(seeds, position, -(-vocabulary // 4))[:, :vocabulary]
     # (2 w + 1) / 2**33, in (0, 1): fp32 is finest near 0, which is where the greatest noise comes from.
     uniform = ((2 * words + 1).float() * 2.0**-33).clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))
@@ -131,20 +135,14 @@ def philox(seeds: Tensor, position: int, blocks: int) -> Tensor:
     The key is the row's seed (int64, low word first), the counter is (block, 0, position's low and high word).
     """
     block = torch.arange(blocks, device=seeds.device)
-    counter = [block, torch.zeros_like(block)]
-    counter += [torch.full_like(block, position & _WORD), torch.full_like(block, position >> 32)]
-    key = [(seeds & _WORD).unsqueeze(1), ((seeds >> 32) & _WORD).unsqueeze(1)]
+    factors, steps = (torch.tensor(pair, device=seeds.device).view(2, 1, 1) for pair in (_MULTIPLIERS, _KEY_STEPS))
+    key = torch.stack([seeds & _WORD, (seeds >> 32) & _WORD]).unsqueeze(-1)  # [2, rows, 1]
+    # Words 0 and 2 of the counter, which a round multiplies, and words 1 and 3: [2, rows or 1, blocks].
+    multiplied = torch.stack([block, torch.full_like(block, position & _WORD)]).unsqueeze(1)
+    other = torch.stack([torch.zeros_like(block), torch.full_like(block, position >> 32)]).unsqueeze(1)
     for _ in range(_ROUNDS):
-        high_0, low_0 = _product(counter[0], _MULTIPLIERS[0])
-        high_1, low_1 = _product(counter[2], _MULTIPLIERS[1])
-        counter = [high_1 ^ counter[1] ^ key[0], low_1, high_0 ^ counter[3] ^ key[1], low_0]
-        key = [(word + step) & _WORD for word, step in zip(key, _KEY_STEPS, strict=True)]
-    words = torch.broadcast_tensors(*counter)
-    return torch.stack(words, dim=-1).flatten(1)
-
-
-def _product(words: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """High and low word of ``words * factor``, from partial products that stay below 2**63."""
-    by_low, by_high = words * (factor & 0xFFFF), words * (factor >> 16)
-    total = by_low + ((by_high & 0xFFFF) << 16)  # the product without the high word of by_high
-    return (total >> 32) + (by_high >> 16), total & _WORD
+        product = multiplied * factors  # modulo 2**64, as torch.int64 multiplies
+        multiplied = ((product >> 32) & _WORD).flip(0) ^ other ^ key
+        other = (product & _WORD).flip(0)
+        key = (key + steps) & _WORD
+    return torch.stack([multiplied, other], dim=-1).permute(1, 2, 0, 3).flatten(1)

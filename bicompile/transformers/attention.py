@@ -57,6 +57,9 @@ def attention_forward(
     Raises:
         UnsupportedOpError: ``dropout`` above 0.
     """
+    if attention_mask is not None and 1 < attention_mask.shape[-1] < key.shape[2]:
+        # A sliding cache that may be cropped, of an assistant model, returns keys in front that no query sees.
+        key, value = (t[:, :, -attention_mask.shape[-1] :] for t in (key, value))
     queries, keys = query.shape[2], key.shape[2]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if causal and (positions := kwargs.get("position_ids")) is not None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import Tensor
 from torch._inductor import lowering as inductor
+from torch._inductor.codegen.triton import TritonPrinter
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._sympy import functions as sympy_functions
 
 from bicompile.decompositions import decomposition_table
+from bicompile.errors import UnsupportedOpError
 from bicompile.lowering.elementwise import codegen_gpu
 from bicompile.lowering.gpu.admission import equal_bits
 from bicompile.passes import certify
@@ -146,3 +151,29 @@ def test_the_device_library_is_tritons_own_unless_the_user_names_one(monkeypatch
     codegen_gpu.pin_libdevice()
     assert knobs.nvidia.libdevice_path == str(theirs)
     assert codegen_gpu.signature() != own
+
+
+def test_numbers_made_of_symbolic_sizes_are_computed_in_float64():
+    """A static shape makes them Python's numbers; the kernel must not round them to float32 on the way."""
+    size = sympy.Symbol("s0", integer=True, positive=True)
+    with codegen_gpu.pinned_gpu_codegen():
+        one_by_size = TritonPrinter().doprint(sympy_functions.IntTrueDiv(sympy.Integer(1), size))
+        root = TritonPrinter().doprint(sympy_functions.OpaqueUnaryFn_sqrt(size))
+        with pytest.raises(UnsupportedOpError, match="log.*dynamic=False"):
+            TritonPrinter().doprint(sympy_functions.OpaqueUnaryFn_log(size))
+    assert one_by_size == "(tl.full([], 1.0, tl.float64) / (s0).to(tl.float64))"
+    assert root == "libdevice.sqrt((s0).to(tl.float64))"
+
+
+@pytest.mark.parametrize("name", ["max", "min"])
+def test_an_extremum_over_a_dim_is_the_first_of_equal_elements(name):
+    """0.0 equals -0.0: which of the two comes out must not follow how the row was cut."""
+    x = torch.tensor([[0.0, -0.0, 0.0, -0.0], [-0.0, 0.0, -0.0, 0.0], [1.0, float("nan"), float("nan"), -2.0]])
+    for keepdim in (False, True):
+        extremum = functools.partial(getattr(torch, name), dim=1, keepdim=keepdim)
+        values, indices = torch.compile(extremum, backend="batch_invariant")(x)
+        assert indices.flatten().tolist() == [0, 0, 1]
+        assert equal_bits(values.flatten()[:2], torch.tensor([0.0, -0.0])) and values.flatten()[2].isnan()
+        assert values.dim() == (2 if keepdim else 1)
+    found = classes(lowered(lambda x: getattr(x, name)(1), (3, 4), device="cpu"))
+    assert f"aten.arg{name}.default" in found and f"aten.{name}.dim" not in found

@@ -29,6 +29,7 @@ from typing import Any
 
 from torch._inductor import lowering
 from torch._inductor.codegen.triton import TritonPrinter
+from torch.utils._sympy import functions
 
 LIBDEVICE = "TRITON_LIBDEVICE_PATH"
 """The environment variable by which Inductor and its compile workers find the library of device functions."""
@@ -46,7 +47,7 @@ def pinned_gpu_codegen() -> Iterator[None]:
     with _lock, contextlib.ExitStack() as stack:
         stack.enter_context(unittest.mock.patch.object(lowering, "get_constant_value", _no_constant))
         for name, method in _size_functions().items():
-            stack.enter_context(unittest.mock.patch.object(TritonPrinter, name, method))
+            stack.enter_context(unittest.mock.patch.object(TritonPrinter, name, method, create=True))
         yield
 
 
@@ -57,7 +58,7 @@ def _no_constant(x: object) -> None:
 
 def _size_functions() -> dict[str, Callable[[Any, Any], str]]:
     """How Triton code computes with symbolic sizes: the printer's methods that are replaced."""
-    refused = {name: _refused for name in dir(TritonPrinter) if name.startswith("_print_OpaqueUnaryFn_")}
+    refused = {f"_print_{name}": _refused for name in dir(functions) if name.startswith("OpaqueUnaryFn_")}
     exact = {"_print_IntTrueDiv": _quotient, "_print_FloatTrueDiv": _quotient, "_helper_sqrt": _square_root}
     return {**refused, **exact, "_print_OpaqueUnaryFn_sqrt": lambda self, expr: _square_root(self, expr.args[0])}
 

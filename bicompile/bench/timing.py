@@ -62,7 +62,7 @@ def interleaved(
     Args:
         runs: name to a call without arguments.
         seconds: about how long the whole may take, warming up excluded.
-        rounds: how many turns each gets, at most; never fewer than 5, however slow the calls are.
+        rounds: how many turns each gets, at most; never fewer than 3, however slow the calls are.
         synchronize: waits for the device, where calls return before their work is done.
 
     Returns:
@@ -70,7 +70,7 @@ def interleaved(
     """
     wait = synchronize or (lambda: None)
     once = {name: _warm_up(run, wait) for name, run in runs.items()}
-    rounds = max(5, min(rounds, int(seconds / sum(once.values()))))
+    rounds = max(3, min(rounds, int(seconds / sum(once.values()))))
     slot = seconds / rounds / len(runs)
     calls = {name: max(1, min(10_000, int(slot / cost))) for name, cost in once.items()}
     taken: dict[str, list[float]] = {name: [] for name in runs}
@@ -104,11 +104,13 @@ def rotate(function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]]) -
 
 
 def _warm_up(run: Callable[[], Any], wait: Callable[[], None]) -> float:
-    """Call twice, and say how many seconds the faster of a few more calls took."""
-    for _ in range(2):
-        run()
+    """Call once, and say how many seconds the fastest of a few more calls took, or the first of them if it is slow."""
+    run()
     wait()
-    return max(min(_time(run, 1, wait) for _ in range(3)), 1e-7)
+    once = _time(run, 1, wait)
+    if once < 1.0:
+        once = min(once, *(_time(run, 1, wait) for _ in range(3)))
+    return max(once, 1e-7)
 
 
 def _time(run: Callable[[], Any], calls: int, wait: Callable[[], None]) -> float:

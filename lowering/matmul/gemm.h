@@ -35,7 +35,7 @@ struct Schedule {
   int64_t tile_rows, tile_columns;  // what one task computes
   int64_t chunk;                    // k's packed at a time, a multiple of kBlock
   bool stream;                      // read the right operand in place instead of packing it
-  bool share_left;                  // pack the left operand once, before the tasks, instead of in each
+  bool share_left;                  // pack the left operand once, before the tasks, instead of each its rows
 };
 
 // Columns of a panel, by the rows it meets: few rows leave registers for more columns.
@@ -49,10 +49,11 @@ Schedule schedule_for(const Product<T>& p) {
   // Fastest of a few on a Zen 4 with 1 MiB of L2: there a tile's sums, one chunk of the left operand and one panel
   // of the right one stay in L2.
   constexpr int64_t kFewRows = 64, kTallRows = 384, kTallColumns = 256;
+  constexpr int64_t kSharedSize = 4 << 20;
   const bool along = p.right.k_stride == 1;
   Schedule s;
   s.stream = p.rows <= kStreamRows && (along || p.right.line_stride == 1);
-  s.share_left = s.stream || (p.batch == 1 && p.rows <= kFewRows);
+  s.share_left = s.stream || (p.batch == 1 && p.rows * p.depth <= kSharedSize);
   const int64_t width = s.stream ? Pack<T>::kLanes : panel_width<T>(p.rows);
   const int64_t panels = (p.columns + width - 1) / width;
   const int64_t wanted = 8 * int64_t(torch::stable::get_num_threads());
@@ -190,14 +191,15 @@ void panel_task(const Product<T>& p, const Schedule& s, const typename Pack<T>::
   Element* sums = scratch<SumTag, Element>(t.rows * sum_stride);
   Element* packed_right = scratch<RightTag, Element>(group / width * panel_stride);
   Element* own_left = packed_left ? nullptr : scratch<LeftTag, Element>(s.chunk / kBlock * t.rows * P::kRowStride);
-  const int64_t block_stride = t.rows * P::kRowStride;
+  // Packed before the tasks, it holds all rows of the product; else those of this tile.
+  const int64_t block_stride = (packed_left ? p.rows : t.rows) * P::kRowStride;
   const int64_t row_tiles = (t.rows + kTileRows - 1) / kTileRows;
   for (int64_t k = 0; k == 0 || k < p.depth; k += s.chunk) {
     const int64_t chunk = std::min(s.chunk, p.depth - k), next_chunk = std::min(s.chunk, p.depth - k - chunk);
     const int64_t blocks = std::max<int64_t>(1, (chunk + kBlock - 1) / kBlock);
     const Element* left_rows = own_left;
     if (packed_left != nullptr) {
-      left_rows = packed_left + k / kBlock * block_stride;
+      left_rows = packed_left + k / kBlock * block_stride + t.row * P::kRowStride;
     } else {
       pack_left(left, t.row, t.rows, k, chunk, own_left, block_stride);
     }
@@ -274,10 +276,13 @@ void run(const Product<T>& p) {
   Element* shared = nullptr;
   if (s.share_left) {
     shared = scratch<SharedTag, Element>(p.batch * packed_size);
-    for (int64_t batch = 0; batch < p.batch; batch++) {
+    const int64_t blocks = packed_size / block_stride;
+    parallel_tasks(p.batch * blocks, p.batch * p.rows * p.depth, [&](int64_t task) {
+      const int64_t batch = task / blocks, k = task % blocks * kBlock;
       const Operand<T> left = of_batch(p.left, batch * p.left_batch_stride);
-      pack_left(left, 0, p.rows, 0, p.depth, shared + batch * packed_size, block_stride);
-    }
+      const int depth_k = int(std::min<int64_t>(kBlock, p.depth - k));
+      pack_rows(left, 0, int(p.rows), k, depth_k, shared + batch * packed_size + k / kBlock * block_stride);
+    });
   }
   const int64_t row_tiles = (p.rows + s.tile_rows - 1) / s.tile_rows;
   const int64_t column_tiles = (p.columns + s.tile_columns - 1) / s.tile_columns;

@@ -120,6 +120,7 @@ _EXTENTS: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
             "softmax_backward cumsum cumprod logcumsumexp"
         ).split()
     },
+    "bicompile.rms_norm": lambda args: [_shape(args["x"])[-1]],
     "bicompile.layer_norm": _normalised_dims,
     "bicompile.layer_norm_backward": _normalised_dims,
     "bicompile.layer_norm_backward_params": _rows_of_norm,

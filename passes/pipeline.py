@@ -9,7 +9,16 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from . import lower_matmuls, lower_norms, lower_reductions, lower_scans, lower_scatters, lower_selections, lower_softmax
+from . import (
+    fuse_rms_norms,
+    lower_matmuls,
+    lower_norms,
+    lower_reductions,
+    lower_scans,
+    lower_scatters,
+    lower_selections,
+    lower_softmax,
+)
 from .certify import Certification, certify_pass
 from .rewriting import Rule
 
@@ -18,6 +27,7 @@ PIPELINE: tuple[Callable[[GraphModule], PassResult], ...] = (
     lower_softmax.lower_softmax_pass,
     lower_matmuls.lower_matmuls_pass,
     lower_reductions.lower_reductions_pass,  # may look through elementwise producers, which no other pass changes
+    fuse_rms_norms.fuse_rms_norms_pass,  # starts from the mean square that the reductions' pass makes
     lower_scans.lower_scans_pass,
     lower_scatters.lower_scatters_pass,
     lower_selections.lower_selections_pass,

@@ -27,6 +27,7 @@ _LIB.define(
 _LIB.define(
     "group_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)", tags=_TAGS
 )
+_LIB.define("rms_norm(Tensor x, Tensor? weight, float eps, bool round_first) -> Tensor", tags=_TAGS)
 for _name, _rows in (("layer_norm", "normalized_dims"), ("group_norm", "groups")):
     _statistics = f"Tensor grad, Tensor x, int {_rows}, Tensor mean, Tensor rstd"
     _LIB.define(f"{_name}_backward({_statistics}, Tensor? weight) -> Tensor", tags=_TAGS)
@@ -131,6 +132,15 @@ def _(grad: Tensor, x: Tensor, groups: int, mean: Tensor, rstd: Tensor, dtype: t
     return x.new_empty((x.shape[1],), dtype=dtype), x.new_empty((x.shape[1],), dtype=dtype)
 
 
+@torch.library.register_fake("bicompile::rms_norm", lib=_LIB)
+def _(x: Tensor, weight: Tensor | None, eps: float, round_first: bool) -> Tensor:
+    """RMS norm over the last dim, in one pass, on GPUs: see ``passes.fuse_rms_norms``."""
+    _check_dtypes("rms_norm", x=x, weight=weight)
+    _check_normalized_dims("rms_norm", x, 1)
+    _check_parameters("rms_norm", x.shape[-1:], weight=weight)
+    return x.new_empty(x.shape)
+
+
 # -- CUDA: the kernels are imported at the first call, because importing the op must not import triton.
 
 
@@ -210,6 +220,15 @@ def _group_norm_backward_params_cuda(
     return group_norm_backward_params(grad, x, groups, mean, rstd, dtype)
 
 
+def _rms_norm_cuda(x: Tensor, weight: Tensor | None, eps: float, round_first: bool) -> Tensor:
+    from .gpu_rms import rms_norm
+
+    _check_dtypes("rms_norm", x=x, weight=weight)
+    _check_normalized_dims("rms_norm", x, 1)
+    _check_sizes("rms_norm", x.shape[-1:], weight=weight)
+    return rms_norm(x, weight, eps, round_first)
+
+
 def _check_sizes(op: str, shape: Sequence[int], **tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         torch._check_value(
@@ -232,6 +251,7 @@ def _check_counts(op: str, rows: int, **tensors: Tensor) -> None:
         )
 
 
+_LIB.impl("rms_norm", _rms_norm_cuda, "CUDA")
 for _name in ("layer_norm", "group_norm"):
     for _part in ("", "_backward", "_backward_params"):
         _LIB.impl(_name + _part, globals()[f"_{_name}{_part}_cuda"], "CUDA")

@@ -28,8 +28,16 @@ def cpu(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.cpu() for t in tensors]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("shape", "dims"), [((100, 64), 1), ((3, 5, 640), 2), ((9, 8192), 1), ((4, 30_000), 1)])
+@pytest.mark.parametrize(
+    ("shape", "dims", "dtype"),
+    [
+        ((100, 64), 1, torch.float32),
+        ((3, 5, 640), 2, torch.float64),
+        ((9, 8192), 1, torch.bfloat16),
+        ((4, 30_000), 1, torch.float32),
+        ((4, 30_000), 1, torch.float16),
+    ],
+)
 def test_layer_norm_and_its_gradients_have_the_bits_of_their_references(
     shape: tuple[int, ...], dims: int, dtype: torch.dtype
 ):
@@ -131,3 +139,36 @@ def test_ops_pass_opcheck():
     x, weight = drawn((3, 4, 40), torch.bfloat16, 0), drawn((40,), torch.float32, 1)
     torch.library.opcheck(ops.layer_norm.default, (x, 1, weight, None, EPS))
     torch.library.opcheck(ops.group_norm.default, (x, 2, None, None, EPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [128, 4096, 20_000])
+def test_rms_norm_has_the_bits_of_the_pair_that_it_replaces(n: int, dtype: torch.dtype):
+    """Of the mean square and what the backend's compiler makes of the rest."""
+    x, weight = drawn((77, n), dtype, 0), drawn((n,), dtype, 1)
+
+    def rounded_first(x: Tensor, mean: Tensor) -> Tensor:
+        return weight * (x.float() * torch.rsqrt(mean + EPS)).to(x.dtype)
+
+    def rounded_last(x: Tensor, mean: Tensor) -> Tensor:
+        return (x.float() * torch.rsqrt(mean + EPS) * weight.float()).to(x.dtype)
+
+    mean = ops.mean_square(x, [1], True, torch.float32)
+    for first, rest in ((True, rounded_first), (False, rounded_last)):
+        ours = ops.rms_norm(x, weight, EPS, first)
+        assert equal_bits(ours, torch.compile(rest, backend="batch_invariant")(x, mean))
+        assert equal_bits(ops.rms_norm(x[5:6], weight, EPS, first), ours[5:6])
+        assert equal_bits(ops.rms_norm(lay_out(x, "strided"), weight, EPS, first), ours)
+
+
+def test_models_norms_are_fused_and_keep_their_bits():
+    x, weight = drawn((40, 512), torch.bfloat16, 0), drawn((512,), torch.bfloat16, 1)
+
+    def norm(x: Tensor) -> Tensor:
+        return F.rms_norm(x, (512,), weight, EPS)
+
+    with torch.no_grad():
+        compiled = torch.compile(norm, backend="batch_invariant")(x)
+    assert equal_bits(compiled, ops.rms_norm(x, weight, EPS, False))
+    trained = torch.compile(norm, backend="batch_invariant")(x.clone().requires_grad_())
+    assert equal_bits(trained.detach(), compiled)

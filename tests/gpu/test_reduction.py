@@ -17,7 +17,6 @@ from bicompile.lowering.reduction.schedule import ColumnsSchedule, RowSchedule
 from bicompile.testing.layouts import LAYOUTS, lay_out
 
 ops = torch.ops.bicompile
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Reduction = Callable[[Tensor, list[int]], object]
 REDUCTIONS: dict[str, Reduction] = {
     **{
@@ -60,18 +59,18 @@ def no_plans() -> Iterator[None]:
 # --- the order -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("shape", "dim"),
+    ("shape", "dim", "dtype"),
     [
-        ((300, 77), [1]),
-        ((40, 4096), [1]),
-        ((3, 50257), [1]),
-        ((4096, 70), [0]),
-        ((100_000, 9), [0]),
-        ((5, 600, 33), [1]),
-        ((4, 6, 7, 300), [0, 2]),
-        ((60, 50, 40), []),
+        ((300, 77), [1], torch.float32),
+        ((40, 4096), [1], torch.bfloat16),
+        ((3, 50257), [1], torch.bfloat16),
+        ((3, 20_000), [1], torch.float64),
+        ((4096, 70), [0], torch.bfloat16),
+        ((100_000, 9), [0], torch.float32),
+        ((5, 600, 33), [1], torch.float16),
+        ((4, 6, 7, 300), [0, 2], torch.float32),
+        ((60, 50, 40), [], torch.bfloat16),
     ],
 )
 def test_sums_and_variances_have_the_bits_of_their_references(
@@ -140,7 +139,7 @@ def test_no_schedule_across_rows_shows(n: int):
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
-@pytest.mark.parametrize(("rows", "n"), [(3000, 50), (600, 4096), (33, 8192), (17, 50257)])
+@pytest.mark.parametrize(("rows", "n"), [(3000, 50), (600, 4096), (17, 50257)])
 def test_row_has_the_same_bits_in_any_batch(name: str, rows: int, n: int):
     """Traps 9, 10 and 11: rows per program, implementation or warps chosen from the number of rows."""
     reduce, x = REDUCTIONS[name], spread((rows, n), torch.bfloat16, 4)

@@ -23,7 +23,7 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=g, dtype=torch.float64, device="cuda").to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "dim"), [((300, 20), 1), ((5, 5000), 1), ((5000, 5), 0), ((3, 150, 40), 1), ((), 0)])
 def test_sums_and_products_have_the_bits_of_their_references(shape: tuple[int, ...], dim: int, dtype: torch.dtype):
     x = drawn(shape, dtype)

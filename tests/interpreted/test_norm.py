@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bicompile.lowering.norm import gpu, gpu_backward, reference
+from bicompile.lowering.norm import gpu, gpu_backward, gpu_rms, reference
+from bicompile.lowering.reduction import reference as reduction
 from bicompile.lowering.reduction.reference import gpu_fold, gpu_moments
 
 EPS = 1e-5
@@ -21,9 +22,7 @@ def laid_out(x: Tensor, dense: bool) -> Tensor:
 
 
 @pytest.mark.parametrize("dense", [True, False])
-@pytest.mark.parametrize(
-    ("shape", "dims"), [((3, 33), 1), ((2, 3, 8), 2), ((1, 1500), 1), ((1, 9000), 1), ((70, 5), 1), ((1, 1), 1)]
-)
+@pytest.mark.parametrize(("shape", "dims"), [((3, 33), 1), ((2, 3, 8), 2), ((1, 9000), 1), ((1, 1), 1)])
 @pytest.mark.parametrize("affine", [True, False])
 def test_layer_norm_and_its_gradients(shape: tuple[int, ...], dims: int, affine: bool, dense: bool):
     dtype = torch.float16 if affine else torch.float32  # the interpreter truncates to bfloat16
@@ -59,6 +58,15 @@ def test_group_norm_and_its_gradients(shape: tuple[int, ...], groups: int):
         assert torch.equal(got, expected)
 
 
+def test_parameters_of_many_rows():
+    x, grad = drawn((150, 3), torch.float32, 0), drawn((150, 3), torch.float32, 1)
+    mean, rstd = x.mean(1), 1 / x.std(1)
+    found = gpu_backward.layer_norm_backward_params(grad, x, 1, mean, rstd, torch.float32)
+    expected = reference.layer_norm_backward_params(grad, x, 1, mean, rstd, torch.float32, gpu_fold)
+    for got, known in zip(found, expected, strict=True):
+        assert torch.equal(got, known)
+
+
 def test_nothing_gives_nothing():
     x = torch.empty(0, 5)
     y, mean, rstd = gpu.layer_norm(x, 1, None, None, EPS)
@@ -66,3 +74,13 @@ def test_nothing_gives_nothing():
     assert gpu_backward.layer_norm_backward(x, x, 1, mean, rstd, None).shape == (0, 5)
     weight, bias = gpu_backward.layer_norm_backward_params(x, x, 1, mean, rstd, torch.float32)
     assert torch.equal(weight, torch.zeros(5)) and torch.equal(bias, torch.zeros(5))
+
+
+@pytest.mark.parametrize("n", [33, 9000])
+def test_rms_norm(n: int):
+    x, weight = drawn((2, n), torch.float16, 0), drawn((n,), torch.float16, 1)
+    root = 1 / (reduction.mean_square(x, [1], True, torch.float32, gpu_fold) + EPS).sqrt()
+    scaled = x.float() * root
+    assert torch.equal(gpu_rms.rms_norm(x, weight, EPS, True), weight * scaled.half())
+    assert torch.equal(gpu_rms.rms_norm(laid_out(x, False), weight, EPS, False), (scaled * weight).half())
+    assert torch.equal(gpu_rms.rms_norm(x, None, EPS, False), scaled.half())

@@ -69,7 +69,8 @@ def _gpt_oss() -> Any:
 
 
 def _gemma(kind: str) -> Callable[[], Any]:
-    return lambda: getattr(transformers, kind)(**HYBRID, query_pre_attn_scalar=16)
+    # Tied to its large embeddings, a random head would say the last token again, for ever.
+    return lambda: getattr(transformers, kind)(**HYBRID, query_pre_attn_scalar=16, tie_word_embeddings=False)
 
 
 CAUSAL = {

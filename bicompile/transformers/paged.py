@@ -23,6 +23,7 @@ def paged_attention_forward(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
@@ -30,9 +31,10 @@ def paged_attention_forward(
     """Attention of the requests of one step, each causal over its own keys, the last query seeing the last key.
 
     Args:
-        module: the attention layer, of which ``layer_idx`` and ``sliding_window`` (in keys) are read.
+        module: the attention layer, of which ``layer_idx`` is read.
         query: ``[1, heads, tokens, depth]``; of key and value likewise the new tokens.
         attention_mask: not used; transformers makes none for this implementation.
+        sliding_window: how many keys a query sees, its own included; by default the layer's, or all.
         dropout, scaling, softcap, s_aux: as in ``attention_forward``.
         kwargs: of what continuous batching passes: ``cache``, ``read_index``, ``write_index``, ``cu_seq_lens_q``,
             ``cu_seq_lens_k``, ``max_seqlen_q``, ``max_seqlen_k``.
@@ -50,7 +52,7 @@ def paged_attention_forward(
             "paged|batch_invariant: expected the paged cache of generate_batch(), got none; use "
             'attn_implementation="batch_invariant" for generate() and forward()'
         )
-    window = getattr(module, "sliding_window", None) or None
+    window = sliding_window or getattr(module, "sliding_window", None)
     starts_q, starts_k, longest_k = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], kwargs["max_seqlen_k"]
     if isinstance(starts_k, dict):
         kind = "full_attention" if window is None else "sliding_attention"

@@ -1,0 +1,184 @@
+"""``generate`` says the same in any company, with any cache, in chunks, with an assistant, compiled or not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import transformers
+from torch import Tensor
+from transformers_zoo import CAUSAL, Causal, tokens
+
+import bicompile
+from bicompile.sampling import SeededSampler
+from bicompile.testing import same_bits
+from bicompile.transformers import cover
+
+NEW = 20  # with the prompts, more than the window of the sliding layers
+PROMPTS = [tokens(1, n, seed=n)[0] for n in (12, 5, 30)]
+MIXED = (2, 0, 1)  # the prompts in another order, for company
+
+some_models = pytest.mark.parametrize(
+    "model", [CAUSAL[n] for n in ("llama", "gemma3", "gpt-oss")], ids=lambda m: m.name
+)
+
+
+def _batch(rows: Sequence[int], padding: int = 0) -> dict[str, Tensor]:
+    """The prompts ``rows``, left-padded to the longest and ``padding`` more."""
+    width = max(len(PROMPTS[row]) for row in rows) + padding
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, width - len(PROMPTS[row]) :] = PROMPTS[row]
+        mask[i, width - len(PROMPTS[row]) :] = 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _answers(module: Any, rows: Sequence[int], padding: int = 0, **settings: Any) -> tuple[Tensor, Tensor]:
+    """New tokens ``[rows, NEW]`` and the logits they were chosen from ``[rows, NEW, vocabulary]``."""
+    batch = _batch(rows, padding)
+    fixed = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with torch.no_grad():
+        out = module.generate(**batch, **{**fixed, **settings})
+    said = out.sequences[:, batch["input_ids"].shape[1] :]
+    return said, torch.stack(out.logits, dim=1) if out.logits is not None else torch.empty(0)
+
+
+def _alone(module: Any, **settings: Any) -> list[tuple[Tensor, Tensor]]:
+    return [_answers(module, [row], **settings) for row in range(len(PROMPTS))]
+
+
+def _assert_as_alone(answers: tuple[Tensor, Tensor], alone: list[tuple[Tensor, Tensor]], rows: Sequence[int]) -> None:
+    said, logits = answers
+    for i, row in enumerate(rows):
+        assert said[i].tolist() == alone[row][0][0].tolist(), f"{row=}"
+        assert same_bits(logits[i], alone[row][1][0]), f"{row=}"
+
+
+@some_models
+def test_any_cache_and_company_give_the_logits_of_the_prompt_alone(model: Causal):
+    module = model.build()
+    ways: list[dict[str, Any]] = [
+        {},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"prefill_chunk_size": 4},
+        {"prefill_chunk_size": 7, "cache_implementation": "static", "disable_compile": True},
+        {"use_cache": False},
+    ]
+    with bicompile.eager():
+        alone = _alone(module)
+        assert len(set(alone[0][0][0].tolist())) > 3  # a model that repeats one token shows nothing
+        for settings in ways:
+            _assert_as_alone(_answers(module, MIXED, padding=3, **settings), alone, MIXED)
+
+
+def test_other_cache_sizes_do_not_matter():
+    """Trap 6: splits follow the number of keys in no way; a static cache of 64 is one of 300."""
+    module = CAUSAL["llama"].build()
+    with bicompile.eager():
+        alone = _alone(module)
+        for size in (64, 200, 300):
+            cache = transformers.StaticCache(config=module.config, max_cache_len=size)
+            answers = _answers(module, MIXED, past_key_values=cache, disable_compile=True)
+            _assert_as_alone(answers, alone, MIXED)
+
+
+@some_models
+def test_an_assistant_changes_nothing(model: Causal):
+    """M = 1 is M = k + 1: a token that was verified among k others has the logits of one that was decoded."""
+    module, assistant = model.build(), model.build(seed=5)
+    with bicompile.eager():
+        alone = _alone(module)
+        for settings in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 3}):
+            for row in (0, 1):
+                _assert_as_alone(_answers(module, [row], **settings), alone, [row] * 1)
+
+
+def test_beam_search_finds_the_same_in_any_company():
+    module = CAUSAL["llama"].build()
+    settings = {"num_beams": 3, "output_logits": False}
+    with bicompile.eager():
+        alone = [_answers(module, [row], **settings)[0] for row in range(len(PROMPTS))]
+        together, _ = _answers(module, MIXED, padding=2, **settings)
+    assert [said.tolist() for said in together] == [alone[row][0].tolist() for row in MIXED]
+
+
+def test_sampled_text_does_not_depend_on_company_padding_or_assistant():
+    module, assistant = CAUSAL["llama"].build(), CAUSAL["llama"].build(seed=5)
+
+    def sampled(rows: Sequence[int], padding: int = 0, **settings: Any) -> list[list[int]]:
+        sampler = SeededSampler([100 + row for row in rows], temperature=0.8, top_p=0.9)
+        processors = transformers.LogitsProcessorList([sampler])
+        return _answers(module, rows, padding, logits_processor=processors, **settings)[0].tolist()
+
+    with bicompile.eager():
+        alone = [sampled([row])[0] for row in range(len(PROMPTS))]
+        assert sampled(MIXED, padding=3) == [alone[row] for row in MIXED]
+        assert sampled([1], assistant_model=assistant, max_new_tokens=8) == [alone[1][:8]]
+        greedy = [said[0].tolist() for said, _ in _alone(module)]
+    assert alone != greedy
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt-oss"])
+def test_continuous_batching_says_what_generate_says(name: str):
+    """Its paged cache, chunked prefills and steps that mix requests; Mistral and gpt-oss have sliding layers."""
+    module = CAUSAL[name].build()
+    with bicompile.eager():
+        alone = _alone(module)
+    cover(module)  # its loop runs in a thread of its own, so the context goes around the model, not around the call
+    greedy = transformers.GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    for tokens_of_a_step in (256, 16):
+        settings = transformers.ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=tokens_of_a_step)
+        answers = module.generate_batch(
+            inputs=[prompt.tolist() for prompt in PROMPTS],
+            generation_config=greedy,
+            continuous_batching_config=settings,
+            progress_bar=False,
+        )
+        said = [answer.generated_tokens for answer in answers.values()]
+        assert said == [tokens[0].tolist() for tokens, _ in alone], f"{tokens_of_a_step=}"
+
+
+def test_paged_attention_outside_of_generate_batch_says_what_to_do():
+    module = CAUSAL["llama"].build(attention="paged|batch_invariant")
+    with torch.no_grad(), pytest.raises(ValueError, match="generate_batch"):
+        module(tokens(1, 4))
+
+
+# Compiled.
+
+
+def test_compiled_decode_steps_equal_eager_ones():
+    """With ``compile_config``, generate compiles the decode steps only: ``cover`` sees to the prefill."""
+    module = CAUSAL["llama"].build()
+    with bicompile.eager():
+        alone = _alone(module)
+    settings = transformers.CompileConfig(backend="batch_invariant")
+    settings._compile_all_devices = True  # by default it skips the CPU
+    compiles = torch._dynamo.utils.counters["stats"]
+    before = compiles["unique_graphs"]
+    answers = _answers(cover(module), MIXED, 3, cache_implementation="static", compile_config=settings)
+    assert compiles["unique_graphs"] > before
+    _assert_as_alone(answers, alone, MIXED)
+
+
+def test_covering_twice_changes_nothing_and_gradients_flow():
+    module = CAUSAL["llama"].build()
+    forward = cover(module).forward
+    assert cover(module).forward is forward
+    embedded = module.get_input_embeddings()(tokens(2, 5)).requires_grad_()
+    module(inputs_embeds=embedded).logits.sum().backward()
+    assert embedded.grad is not None
+
+
+def test_a_compiled_model_says_what_an_eager_one_says():
+    """One compiled forward for prefill and decode, with a cache that grows, and slides from the second step on."""
+    module = CAUSAL["mistral"].build()
+    with bicompile.eager():
+        alone = _alone(module, max_new_tokens=6)
+    module.forward = torch.compile(module.forward, backend="batch_invariant", dynamic=True)
+    _assert_as_alone(_answers(module, MIXED, padding=3, max_new_tokens=6), alone, MIXED)

@@ -112,7 +112,7 @@ def _embedded(args: dict[str, Any]) -> list[Any]:
 
 
 _EXTENTS: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
-    **dict.fromkeys(["bicompile.mm", "bicompile.bmm", "bicompile.addmm", "bicompile.baddbmm"], _inner),
+    **{f"bicompile.{name}": _inner for name in "mm bmm addmm baddbmm grouped_mm scaled_mm".split()},
     **{
         f"bicompile.{name}": _over_dims
         for name in (

@@ -100,7 +100,7 @@ def admitted_runner(schedule: Schedule, problem: Problem, device: torch.device) 
         return next(library_runners(schedule, problem, device), None)
     if schedule == REFERENCES[problem.dtype]:
         return runner_of(schedule, problem, device.index)
-    key = f"{schedule}, {_compilation_of(schedule, problem)}"
+    key = f"{schedule}, {compilation_of(schedule, problem)}"
     sizes = probes.small_probes(problem, schedule.block_m, schedule.block_n)
     run = functools.partial(_results, lambda p: runner_of(schedule, p, device.index), sizes, device)
     if not ADMISSION.allows(key, device.index, run, _reference(sizes, device)):
@@ -168,7 +168,7 @@ def _results(runner_for: Callable[[Problem], Runner], sizes: list[Problem], devi
             yield out
 
 
-def _compilation_of(schedule: Any, problem: Problem) -> str:
+def compilation_of(schedule: Any, problem: Problem) -> str:
     """Everything that makes another binary of a schedule of ours."""
     p = problem
     ragged = "even" if p.k % schedule.block_k == 0 else "ragged"

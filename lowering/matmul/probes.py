@@ -12,6 +12,12 @@ from torch import Tensor
 from .problem import ALIGNED, Factor, Problem
 
 KINDS = ("binades", "cancelling", "swamping")
+_SWAMPING = {
+    torch.float64: (2.0**40, 2.0**-30),
+    torch.float8_e4m3fn: (2.0**8, 2.0**-9),
+    torch.float8_e5m2: (2.0**8, 2.0**-9),
+}
+"""The huge and the small element, where the type or its accumulator asks for others than float16 can hold."""
 _FEW = 64
 _PERIOD = 512
 """No block of k is longer: sizes that agree modulo this are ragged, or not, for every schedule alike."""
@@ -64,7 +70,7 @@ def _values(kind: str, problem: Problem, generator: torch.Generator) -> tuple[Te
         return torch.randn(shape, generator=generator, **options)
 
     if kind == "swamping":
-        huge, small = (2.0**40, 2.0**-30) if wide == torch.float64 else (2.0**15, 2.0**-14)
+        huge, small = _SWAMPING.get(p.dtype, (2.0**15, 2.0**-14))
         a = torch.full((p.batch, p.m, p.k), small, **options)
         first = torch.randint(max(p.k // 2, 1), (p.batch, p.m, 1), generator=generator, device=generator.device)
         length = torch.randint(max(p.k // 2, 1), (p.batch, p.m, 1), generator=generator, device=generator.device)
@@ -119,6 +125,9 @@ def _placed(values: Tensor, factor: Factor, dtype: torch.dtype) -> Tensor:
     extent = sum((size - 1) * step for size, step in zip(values.shape, steps, strict=True)) + 1
     memory = torch.zeros(extent + offset, dtype=dtype, device=values.device)
     placed = memory.as_strided((batch, rows, columns), steps, offset)
+    if dtype.itemsize == 1:  # a larger number would become NaN
+        most = torch.finfo(dtype).max
+        values = values.clamp(-most, most)
     if factor.step or batch == 1:
         placed.copy_(values)
     else:  # one matrix for all of the batch

@@ -123,8 +123,7 @@ REFERENCES = {
 }
 """The schedule that defines the bits of each dtype: the others are admitted if they give the same."""
 
-# For dtypes that the tables are not about: rows up to which each is taken.
-_OTHERS = {
+OTHERS = {
     torch.float32: (
         (16, TileSchedule(16, 32, 64, warps=4, stages=3)),
         (math.inf, REFERENCES[torch.float32]),
@@ -134,6 +133,7 @@ _OTHERS = {
         (math.inf, REFERENCES[torch.float64]),
     ),
 }
+"""Schedules of the dtypes that the tables are not about, by the number of rows up to which each is taken."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +153,12 @@ class Table:
     many_rows: tuple[tuple[Schedule, float], ...]
     library_from: int
     tuned: dict[str, tuple[tuple[int, Schedule], ...]]
+
+    def own_schedules(self) -> list[OwnSchedule]:
+        """Every schedule of ours that the table names."""
+        chosen = [schedule for entries in self.tuned.values() for _, schedule in entries]
+        every = dict.fromkeys([*self.few_rows, *(schedule for schedule, _ in self.many_rows), *chosen])
+        return [schedule for schedule in every if not isinstance(schedule, LibrarySchedule)]
 
 
 @functools.cache
@@ -185,9 +191,9 @@ def preferences(problem: Problem, table: Table, num_sms: int) -> list[Schedule]:
         num_sms: the device's streaming multiprocessors.
     """
     reference = REFERENCES[problem.dtype]
-    if problem.dtype in _OTHERS:
+    if problem.dtype in OTHERS:
         rows = min(problem.m, problem.n)
-        return [LIBRARY, next(s for most, s in _OTHERS[problem.dtype] if rows <= most), reference]
+        return [LIBRARY, next(s for most, s in OTHERS[problem.dtype] if rows <= most), reference]
     entries = table.tuned.get(f"{problem.layout} {problem.k}x{problem.n}", ()) if problem.batch == 1 else ()
     chosen = [schedule for rows, schedule in entries if problem.m <= rows][:1]
     by_rule = _for_many_rows(problem, table, num_sms)

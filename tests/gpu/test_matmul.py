@@ -19,7 +19,7 @@ from bicompile.lowering.gpu.device import device_key
 from bicompile.lowering.matmul import cublaslt, gpu, probes
 from bicompile.lowering.matmul.problem import Problem, can_stream, problem_of
 from bicompile.lowering.matmul.runners import Runner
-from bicompile.lowering.matmul.schedule import LIBRARY, REFERENCES, StreamSchedule, TileSchedule, table_for
+from bicompile.lowering.matmul.schedule import LIBRARY, REFERENCES, OwnSchedule, TileSchedule, table_for
 from bicompile.testing import same_bits
 
 ops = torch.ops.bicompile
@@ -139,11 +139,8 @@ def test_opcheck():
 # -- Schedules --------------------------------------------------------------------------------------------------------
 
 
-def _listed() -> list[TileSchedule | StreamSchedule]:
-    table = table_for(device_key(0).capability)
-    chosen = [schedule for entries in table.tuned.values() for _, schedule in entries]
-    every = [*table.few_rows, *(schedule for schedule, _ in table.many_rows), *chosen]
-    return [s for s in dict.fromkeys(every) if isinstance(s, TileSchedule | StreamSchedule)]
+def _listed() -> list[OwnSchedule]:
+    return table_for(device_key(0).capability).own_schedules()
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

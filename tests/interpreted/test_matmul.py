@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bicompile.lowering.matmul import gpu, probes
+from bicompile.lowering.matmul import gpu, gpu_grouped, probes
 from bicompile.lowering.matmul.problem import Problem, can_stream, problem_of
 from bicompile.lowering.matmul.schedule import StreamSchedule, TileSchedule
 
@@ -83,3 +83,19 @@ def test_probes_lie_in_memory_like_the_problem():
 def _kind(problem: Problem) -> tuple[object, ...]:
     remainders = [s % 16 for f in (problem.a, problem.b) for s in (f.row, f.column, f.step)]
     return problem.layout, problem.is_aligned, problem.is_dense, can_stream(problem), *remainders
+
+
+@pytest.mark.parametrize("cuts", [(0, 0, 0), (3, 3, 20), (17, 18, 25)], ids=str)
+def test_groups_get_their_own_weights(cuts):
+    ends = torch.tensor(cuts)
+    x, weights = torch.randn(25, 40), torch.randn(3, 40, 24)
+    wanted = torch.zeros(25, 24)
+    depths, stacked = torch.zeros(3, 40, 24), torch.zeros(24, 25)
+    right, stack = torch.randn(25, 24), torch.randn(3, 24, 40)
+    for g, (start, end) in enumerate(itertools.pairwise((0, *cuts))):
+        wanted[start:end] = x[start:end] @ weights[g]
+        depths[g] = x[start:end].t() @ right[start:end]
+        stacked[:, start:end] = stack[g] @ x[start:end].t()
+    torch.testing.assert_close(gpu_grouped.grouped_mm(x, weights, ends), wanted)
+    torch.testing.assert_close(gpu_grouped.grouped_mm(x.t(), right, ends), depths)
+    torch.testing.assert_close(gpu_grouped.grouped_mm(stack, x.t(), ends), stacked)

@@ -25,7 +25,8 @@ from .decompositions import decomposition_table
 from .errors import UnsupportedOpError
 from .interception import intercept_attention
 from .lowering.elementwise.op import PINNED_BINARY, PINNED_UNARY
-from .lowering.loading import load_cpu
+from .lowering.gpu.device import unsupported
+from .lowering.loading import load_for
 from .passes.lower_norms import BACKWARD_RULES
 from .passes.op_classes import exact_by_name, is_view, op_name
 from .passes.pipeline import RULES
@@ -45,6 +46,19 @@ _CORRECTLY_ROUNDED = frozenset(
     """.split()
 )
 
+# The same on a GPU, where more than these differ between PyTorch's kernels and compiled ones: which of +0 and -0 is
+# the larger, for instance.
+_CORRECTLY_ROUNDED_ON_GPU = frozenset(
+    """
+    aten.abs aten.bitwise_and aten.bitwise_left_shift aten.bitwise_not aten.bitwise_or aten.bitwise_right_shift
+    aten.bitwise_xor aten.ceil aten.eq aten.floor aten.ge aten.gt aten.isfinite aten.isinf aten.isnan aten.le
+    aten.logical_and aten.logical_not aten.logical_or aten.logical_xor aten.lt aten.mul aten.ne aten.neg aten.sqrt
+    aten.trunc
+    """.split()
+)
+# Of equal elements these name any on a GPU, so none runs as it is there: topk and sort are lowered, others refused.
+_FREE_TIES = frozenset("aten.kthvalue aten.median aten.mode aten.nanmedian aten.sort aten.topk".split())
+
 
 @contextlib.contextmanager
 def eager(*, allow: Iterable[str] = (), on_refused: Literal["error", "warn"] = "error") -> Iterator[None]:
@@ -61,7 +75,6 @@ def eager(*, allow: Iterable[str] = (), on_refused: Literal["error", "warn"] = "
         UnsupportedOpError: an op inside is not proven, and not allowed.
         NativeBuildError: the CPU kernels cannot be built.
     """
-    load_cpu()
     mode = _LoweringMode(frozenset(allow), on_refused)
     with intercept_attention(), enable_python_dispatcher(), mode:
         yield
@@ -79,11 +92,14 @@ class _LoweringMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "bicompile" or _runs_as_it_is(func, args, kwargs):
+        on_gpu = _prepare(args, kwargs)
+        if func.namespace == "bicompile" or _runs_as_it_is(func, args, kwargs, on_gpu):
             return func(*args, **kwargs)
         if (target := _functional(func)) is not None:
             return self._mutate(func, target, args, kwargs)
         if (result := _lowered(func, args, kwargs)) is not None:
+            return result
+        if (result := (_elementwise_on_gpu if on_gpu else _elementwise_on_cpu)(func, args, kwargs)) is not None:
             return result
         for table in (decomposition_table(), core_decompositions):
             if (decomposition := table.get(func)) is not None:
@@ -116,10 +132,23 @@ class _LoweringMode(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _runs_as_it_is(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+_unsupported = functools.cache(unsupported)
+
+
+def _prepare(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Make ready the devices on which an op computes; say whether a GPU is among them."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.device.type != "meta"]
+    for device in {x.device for x in tensors}:
+        if reason := _unsupported(device):
+            raise UnsupportedOpError(f"bicompile.eager(): a tensor is on {device}: {reason}")
+    load_for(x.device for x in tensors if x.is_floating_point())
+    return any(x.is_cuda for x in tensors)
+
+
+def _runs_as_it_is(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], on_gpu: bool) -> bool:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if any(t.device.type not in ("cpu", "meta") for t in tensors):
-        return False
+    if on_gpu and op_name(func) in _FREE_TIES and func not in (aten.median.default, aten.nanmedian.default):
+        return bool(kwargs.get("stable"))
     if exact_by_name(func) or is_view(func):
         return (
             func not in (aten.index_put.default, aten.index_put_.default) or not bind(func, args, kwargs)["accumulate"]
@@ -130,15 +159,13 @@ def _runs_as_it_is(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, An
     real = any(t.is_floating_point() or t.is_complex() for t in tensors)
     if any(t.is_complex() for t in tensors):
         return False
-    if name in _CORRECTLY_ROUNDED:
+    if name in (_CORRECTLY_ROUNDED_ON_GPU if on_gpu else _CORRECTLY_ROUNDED):
         return True
-    if name in (
-        "aten.add",
-        "aten.sub",
-        "aten.rsub",
-    ):  # with alpha PyTorch's scalar code may contract, its vector code not
+    if name in ("aten.add", "aten.sub", "aten.rsub"):  # with alpha PyTorch's scalar code may contract, vector code not
         return bind(func, args, kwargs).get("alpha", 1) == 1
-    if name == "aten.pow" and real:  # squares and square roots are one operation
+    if on_gpu and name == "aten.div":  # by a number, PyTorch multiplies by the reciprocal
+        return len(args) == 2 and all(isinstance(x, Tensor) and x.is_cuda and x.is_floating_point() for x in args)
+    if name == "aten.pow" and real and not on_gpu:  # squares and square roots are one operation
         exponent = bind(func, args, kwargs).get("exponent")
         return not isinstance(exponent, Tensor) and exponent in (0, 1, 2, 0.5)
     integers = bool(tensors) and not real
@@ -148,7 +175,7 @@ def _runs_as_it_is(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, An
 def _makes_real(func: OpOverload, kwargs: dict[str, Any]) -> bool:
     """Whether an op on integers computes in floating point: by dtype, or because it is a function like exp."""
     dtype = kwargs.get("dtype")
-    promotes = func in PINNED_UNARY or func in PINNED_BINARY
+    promotes = func in PINNED_UNARY or op_name(func).rstrip("_") in ("aten.atan2", "aten.div")
     return promotes or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
 
 
@@ -175,6 +202,11 @@ def _lowered(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return None if replacement is None else _run(replacement)
     if (backward := BACKWARD_RULES.get(func)) is not None:
         return tuple(None if r is None else _run(r) for r in backward(func, bind(func, args, kwargs)))
+    return None
+
+
+def _elementwise_on_cpu(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """A function that ``math.h`` defines, or None for any other op."""
     if func in PINNED_UNARY:
         return _pinned(bicompile.unary.default, args[:1], PINNED_UNARY[func])
     if func in PINNED_BINARY:
@@ -191,6 +223,33 @@ def _pinned(target: Callable[..., Tensor], operands: tuple[Any, ...], name: str)
     wide = torch.promote_types(dtype, torch.float32)
     tensors = [torch.as_tensor(x, dtype=dtype if isinstance(x, Tensor) else wide, device=device) for x in operands]
     return target(*torch.broadcast_tensors(*tensors), name)
+
+
+def _elementwise_on_gpu(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An elementwise op by a compiled kernel of its own, or None for any other op."""
+    from .lowering.elementwise.gpu import compiled
+
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if torch.Tag.pointwise not in func.tags or torch.Tag.nondeterministic_seeded in func.tags:
+        return None
+    if not tensors or any(x.is_complex() for x in tensors):
+        return None
+    if func in (aten.div.Tensor, aten.div.Scalar):
+        return _divided_on_gpu(args[0], args[1])
+    return compiled(func, args, kwargs)
+
+
+def _divided_on_gpu(a: Any, b: Any) -> Tensor:
+    """The correctly rounded quotient of operands that are not both floating-point tensors on a GPU."""
+    device = next(x.device for x in (a, b) if isinstance(x, Tensor) and x.is_cuda)
+    dtype = torch.result_type(a, b)
+    dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
+    # As in _pinned: compiled code holds a number in float32.
+    wide = torch.promote_types(dtype, torch.float32)
+    a, b = (
+        x.to(device, wide) if isinstance(x, Tensor) else torch.full((), x, dtype=wide, device=device) for x in (a, b)
+    )
+    return torch.div(a, b).to(dtype)
 
 
 def _run(replacement: Replacement) -> Any:

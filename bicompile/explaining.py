@@ -9,7 +9,9 @@ import sympy
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._guards import detect_fake_mode
 from torch._inductor import compile_fx as inductor
+from torch._inductor.virtualized import V
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -104,7 +106,9 @@ def _run_graph(certification: Certification) -> Callable[..., Any]:
             for size in (val.shape if isinstance(val, Tensor) else [val])
             for symbol in symbols_of(size)
         )
-        inductor._recursive_post_grad_passes(gm, is_inference=kwargs.get("is_inference", False))
+        placeholders = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+        with V.set_fake_mode(detect_fake_mode(placeholders)):  # as compile_fx_inner does; some of its passes ask for it
+            inductor._recursive_post_grad_passes(gm, is_inference=kwargs.get("is_inference", False))
 
         def run(inputs: list[Any]) -> Any:
             values = list(inputs)

@@ -25,8 +25,8 @@ _EXACT_NAMES = frozenset(
     """
     aten._assert_async aten._assert_scalar aten._assert_tensor_metadata aten._functional_assert_async
     aten._local_scalar_dense aten._to_copy aten._unsafe_index aten._unsafe_index_put aten._unsafe_masked_index
-    aten._unsafe_view aten.adaptive_max_pool2d aten.all aten.any aten.arange aten.argmax aten.argmin
-    aten.as_strided_copy aten.as_strided_scatter aten.broadcast_tensors aten.bucketize aten.cat aten.clone
+    aten._unsafe_view aten.adaptive_max_pool2d aten.adaptive_max_pool3d aten.all aten.any aten.arange aten.argmax
+    aten.argmin aten.as_strided_copy aten.as_strided_scatter aten.broadcast_tensors aten.bucketize aten.cat aten.clone
     aten.constant_pad_nd aten.copy aten.copy_ aten.cummax aten.cummin aten.diagonal_copy aten.diagonal_scatter
     aten.embedding aten.empty aten.empty_like aten.empty_permuted aten.empty_strided aten.fill aten.flip aten.full
     aten.full_like aten.gather aten.index aten.index_put aten.index_select aten.isin aten.item aten.kthvalue aten.lift
@@ -41,7 +41,7 @@ _EXACT_NAMES = frozenset(
     aten._upsample_nearest_exact2d aten._upsample_nearest_exact3d aten.where aten.zeros aten.zeros_like
     prims._low_memory_max_pool_offsets_to_indices prims._low_memory_max_pool_with_offsets prims.convert_element_type
     prims.copy_strided prims.device_put prims.inductor_force_stride_order prims.iota prims.rev prims.view_of
-    inductor.resize_storage_bytes_ aten.set_ aten.unfold_backward aten.select_backward aten.slice_backward
+    inductor.resize_storage_bytes_ aten.set_ aten.select_backward aten.slice_backward
     """.split()
 )
 

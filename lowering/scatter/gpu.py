@@ -125,14 +125,14 @@ def _walk_rows_kernel(
     first = pid // programs
     to = tl.load(keys_ptr + first).to(tl.int64)
     before = tl.load(keys_ptr + first - 1, mask=first > 0, other=-1).to(tl.int64)
-    mine = (to != before) & (to != skipped)
+    starts = (to != before) & (to != skipped)
     if LONG > 0:
         # Sorted keys: where the first and the last of an aligned stretch are this destination's, so are all.
         stretch = (first + LONG - 1) // LONG * LONG
         start = tl.load(keys_ptr + stretch, mask=stretch + LONG <= n, other=-1).to(tl.int64)
         last = tl.load(keys_ptr + stretch + LONG - 1, mask=stretch + LONG <= n, other=-1).to(tl.int64)
-        mine = mine & ((start != to) | (last != to))
-    if mine:
+        starts = starts & ((start != to) | (last != to))
+    if starts:
         outer = pid % programs // blocks
         cols = pid % blocks * BLOCK + tl.arange(0, BLOCK)
         live = cols < width
@@ -143,13 +143,19 @@ def _walk_rows_kernel(
         j = first
         more = to
         while more == to:
+            # First all keys and places, then all values: a load waits for those before it in program order.
+            mine = ()
+            rows = ()
             for u in tl.static_range(AHEAD):
-                here = tl.load(keys_ptr + j + u, mask=j + u < n, other=-1).to(tl.int64) == to
-                row = tl.load(positions_ptr + j + u, mask=here, other=0).to(tl.int64)
-                x = tl.load(source + row * values_row, mask=live & here, other=0.0).to(ACC)
+                mine = mine + (tl.load(keys_ptr + j + u, mask=j + u < n, other=-1).to(tl.int64) == to,)
+                rows = rows + (tl.load(positions_ptr + j + u, mask=j + u < n, other=0).to(tl.int64),)
+            xs = ()
+            for u in tl.static_range(AHEAD):
+                xs = xs + (tl.load(source + rows[u] * values_row, mask=live & mine[u], other=0.0),)
+            for u in tl.static_range(AHEAD):
                 # Not a neutral element: adding +0 would turn -0 into +0.
-                total = tl.where(here, _step(total, x, HOW), total)
-                count += here.to(tl.int64)
+                total = tl.where(mine[u], _step(total, xs[u].to(ACC), HOW), total)
+                count += mine[u].to(tl.int64)
             j += AHEAD
             more = tl.load(keys_ptr + j, mask=j < n, other=-1).to(tl.int64)
         _store(out_ptr, at, live, total, count, MEAN)
@@ -165,6 +171,24 @@ def _first_at_least(keys_ptr, key, low, high):
         else:
             low = middle
     return high
+
+
+@triton.jit
+def _places(positions_ptr, j, end, AHEAD: tl.constexpr):
+    """Where the contributions from ``j`` on lie in the source."""
+    rows = ()
+    for u in tl.static_range(AHEAD):
+        rows = rows + (tl.load(positions_ptr + j + u, mask=j + u < end, other=0).to(tl.int64),)
+    return rows
+
+
+@triton.jit
+def _values(source, rows, values_row, j, end, live, AHEAD: tl.constexpr):
+    """The contributions from ``j`` on."""
+    xs = ()
+    for u in tl.static_range(AHEAD):
+        xs = xs + (tl.load(source + rows[u] * values_row, mask=live & (j + u < end), other=0.0),)
+    return xs
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -210,17 +234,13 @@ def _walk_long_rows_kernel(
         count = end - j
         if FROM_SELF:
             count += 1
-        # While some are added, the next ones are on their way.
-        xs = ()
-        for u in tl.static_range(AHEAD):
-            row = tl.load(positions_ptr + j + u, mask=j + u < end, other=0).to(tl.int64)
-            xs = xs + (tl.load(source + row * values_row, mask=live & (j + u < end), other=0.0),)
+        # While some are added, the next values are on their way, and the places of those after them.
+        rows = _places(positions_ptr, j, end, AHEAD)
+        xs = _values(source, rows, values_row, j, end, live, AHEAD)
+        rows = _places(positions_ptr, j + AHEAD, end, AHEAD)
         while j < end:
-            ahead = ()
-            for u in tl.static_range(AHEAD):
-                here = j + AHEAD + u < end
-                row = tl.load(positions_ptr + j + AHEAD + u, mask=here, other=0).to(tl.int64)
-                ahead = ahead + (tl.load(source + row * values_row, mask=live & here, other=0.0),)
+            ahead = _values(source, rows, values_row, j + AHEAD, end, live, AHEAD)
+            rows = _places(positions_ptr, j + 2 * AHEAD, end, AHEAD)
             for u in tl.static_range(AHEAD):
                 total = tl.where(j + u < end, _step(total, xs[u].to(ACC), HOW), total)
             xs = ahead
@@ -241,11 +261,17 @@ def _walk_sorted_kernel(
     j = first
     mine = head
     while tl.max(mine.to(tl.int32), axis=0) > 0:
+        own = ()
+        places = ()
         for u in tl.static_range(AHEAD):
-            mine = mine & (tl.load(keys_ptr + j + u, mask=mine & (j + u < n), other=-1).to(tl.int64) == to)
-            position = tl.load(positions_ptr + j + u, mask=mine, other=0).to(tl.int64)
-            x = tl.load(values_ptr + position, mask=mine, other=0.0).to(total.dtype)
-            total = tl.where(mine, _step(total, x, HOW), total)
+            mine = mine & (tl.load(keys_ptr + j + u, mask=head & (j + u < n), other=-1).to(tl.int64) == to)
+            own = own + (mine,)
+            places = places + (tl.load(positions_ptr + j + u, mask=head & (j + u < n), other=0).to(tl.int64),)
+        xs = ()
+        for u in tl.static_range(AHEAD):
+            xs = xs + (tl.load(values_ptr + places[u], mask=own[u], other=0.0),)
+        for u in tl.static_range(AHEAD):
+            total = tl.where(own[u], _step(total, xs[u].to(total.dtype), HOW), total)
         j += AHEAD
     tl.store(total_ptr + to, total, mask=head)
 

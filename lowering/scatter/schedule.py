@@ -58,10 +58,10 @@ _SORT_US_PER_KEY = 0.0006
 def row_schedule_for(width: int, itemsize: int) -> RowSchedule:
     """The schedule for slices of ``width`` elements of ``itemsize`` bytes."""
     block = 32
-    while block < min(width, 1024 // itemsize):
+    while block < min(width, 2048 // itemsize):
         block *= 2
-    warps = 2 if block >= 512 else 1
-    return RowSchedule(block, warps, ahead=8, long=64, long_block=32, long_ahead=32)
+    warps = max(1, min(4, block * itemsize // 512))
+    return RowSchedule(block, warps, ahead=4, long=64, long_block=32, long_ahead=32)
 
 
 def element_schedule_for(length: int, columns: int, num_sms: int) -> ElementSchedule:

@@ -52,10 +52,10 @@ def assert_is_reference(name: str, *args: Any) -> None:
 
 
 @every_dtype
-@pytest.mark.parametrize("shape", [(5, 70), (3, 5, 7), (2, 5, 300), (5,)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 70), (3, 5, 7), (2, 5, 90), (5,)], ids=str)
 def test_index_add_is_that_of_the_reference(shape: tuple[int, ...], dtype: torch.dtype):
     dim = max(len(shape) - 2, 0)
-    for n, alpha in ((0, 1.0), (1, 1.0), (150, 0.3)):
+    for n, alpha in ((0, 1.0), (1, 1.0), (60, 0.3)):
         self, at = spread(shape, dtype, 0), indices((n,), 5)
         source = spread((*shape[:dim], n, *shape[dim + 1 :]), dtype, 1)
         assert_is_reference("index_add", self, dim, at, source, alpha)
@@ -64,9 +64,14 @@ def test_index_add_is_that_of_the_reference(shape: tuple[int, ...], dtype: torch
             assert_is_reference("index_add", self, dim, at.int(), across, alpha)
 
 
-@every_dtype
-@pytest.mark.parametrize("include_self", [True, False])
-@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize(
+    ("reduce", "include_self", "dtype"),
+    [
+        *((reduce, include_self, torch.float32) for reduce in REDUCTIONS for include_self in (True, False)),
+        *(("mean", False, dtype) for dtype in DTYPES[1:]),
+    ],
+    ids=str,
+)
 def test_scatter_reduce_is_that_of_the_reference(reduce: str, include_self: bool, dtype: torch.dtype):
     self, src = spread((6, 3, 4), dtype, 0), spread((40, 3, 4), dtype, 1)
     for at in (indices((39, 2, 4), 6), indices((39, 1, 1), 6).expand(39, 3, 4), indices((0, 3, 4), 6)):
@@ -77,8 +82,8 @@ def test_scatter_reduce_is_that_of_the_reference(reduce: str, include_self: bool
 
 @every_dtype
 def test_other_ops_are_those_of_the_reference(dtype: torch.dtype):
-    self, src = spread((60,), dtype, 0), spread((500,), dtype, 1)
-    assert_is_reference("scatter_add", self, 0, indices((500,), 60), src)
+    self, src = spread((60,), dtype, 0), spread((50,), dtype, 1)
+    assert_is_reference("scatter_add", self, 0, indices((50,), 60), src)
     grid = spread((4, 5, 6), dtype, 2)
     for at in (
         [indices((70,), 4, 3, -4)],
@@ -114,7 +119,7 @@ def test_every_row_schedule_has_the_same_bits(schedule: RowSchedule):
     )
 
 
-@every_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("schedule", [("columns", 32, 1), ("columns", 64, 8), ("sorted", 128, 8)], ids=str)
 def test_every_element_schedule_has_the_same_bits(schedule: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu, "element_schedule_for", lambda *sizes: ElementSchedule(*schedule))
@@ -122,7 +127,7 @@ def test_every_element_schedule_has_the_same_bits(schedule: Any, dtype: torch.dt
     assert_is_reference("scatter_add", self, 0, indices((300, 77), 4), src)
 
 
-@every_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_row_has_same_bits_in_any_batch(dtype: torch.dtype):
     """Alone, in any order, among NaN rows, and at an odd offset in memory."""
     self, src, at = spread((50, 9, 33), dtype, 0), spread((50, 40, 33), dtype, 1), indices((50, 40, 33), 9)
@@ -148,7 +153,7 @@ def test_row_has_same_bits_in_any_batch(dtype: torch.dtype):
     assert same_bits(call(self, at, shifted), whole)
 
 
-@every_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_segment_has_same_bits_whatever_goes_elsewhere(dtype: torch.dtype):
     """Trap 30, in one index: another destination's contributions, between or before, do not enter a sum."""
     source, at = spread((6000, 200), dtype, 0).cuda(), indices((6000,), 4, 1).cuda()

@@ -10,7 +10,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import bicompile
+from bicompile.lowering.elementwise.gpu import compiled
 from bicompile.testing import same_bits
+
+aten = torch.ops.aten
 
 
 class Block(nn.Module):
@@ -97,3 +100,26 @@ def test_other_threads_are_not_touched():
         thread.start()
         thread.join()
     assert outcome == [True]
+
+
+def test_op_that_is_compiled_by_itself_is_the_op():
+    """How eager code gets its elementwise functions on a GPU, shown on the CPU."""
+    x, generator = torch.randn(6, 7), torch.Generator().manual_seed(0)
+    weight = torch.randn(7, generator=generator)
+    for operands in ((x, x, weight), (x.t(), x.t(), x.t()), (x[:, ::2], x[:1, 1:5], x[0, 0]), (x[:0], x[:0], weight)):
+        result = compiled(aten.addcmul.default, operands, {"value": 0.3})
+        expected = aten.addcmul.default(*operands, value=0.3)
+        torch.testing.assert_close(result, expected)
+        assert result.dtype == expected.dtype
+    half = x.bfloat16()
+    assert compiled(aten.mul.Tensor, (half, weight[0]), {}).dtype == torch.bfloat16
+    assert compiled(aten.mul.Tensor, (half, 3), {}).dtype == torch.bfloat16
+    assert compiled(aten.exp.default, (x.t(),), {}).stride() == x.t().stride()
+    mantissa, exponent = compiled(aten.frexp.Tensor, (x,), {})
+    assert same_bits(torch.ldexp(mantissa, exponent), x)
+
+
+def test_op_that_cannot_be_compiled_by_itself_does_not_run_as_it_is():
+    x = torch.randn(6)
+    with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="compiling is switched off"):
+        compiled(aten.sin.default, (x,), {})

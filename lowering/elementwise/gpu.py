@@ -17,6 +17,16 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+aten = torch.ops.aten
+_BINARY = {
+    "pow": aten.pow.Tensor_Tensor,
+    "atan2": aten.atan2.default,
+    "hypot": aten.hypot.default,
+    "nextafter": aten.nextafter.default,
+    "fmod": aten.fmod.Tensor,
+    "remainder": aten.remainder.Tensor,
+}
+_HALVES = (torch.bfloat16, torch.float16)
 _COMPILED: dict[Any, Callable[..., Any]] = {}
 
 
@@ -49,7 +59,21 @@ def compiled(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 def unary(x: Tensor, name: str) -> Tensor:
     """The function that ``bicompile::unary`` knows as ``name``."""
-    return compiled(getattr(torch.ops.aten, name).default, (x,), {})
+    return compiled(getattr(aten, name).default, (x,), {})
+
+
+def binary(a: Tensor, b: Tensor, name: str) -> Tensor:
+    """The function that ``bicompile::binary`` knows as ``name``; beside a half precision, float32 is rounded to it.
+
+    Raises:
+        ValueError: a power of or by a number, whose compiled code follows the number.
+    """
+    if name not in _BINARY:
+        raise ValueError(
+            f"bicompile::binary: expected one of {', '.join(_BINARY)} on a GPU, got {name}, whose compiled code follows "
+            "the number; call torch.pow inside bicompile.eager()"
+        )
+    return compiled(_BINARY[name], (a, b), {}).to(b.dtype if b.dtype in _HALVES else a.dtype)
 
 
 def _function(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: dict[int, Tensor]) -> Any:

@@ -1,7 +1,7 @@
 """``bicompile::unary`` and ``bicompile::binary``: elementwise functions for code that is not compiled.
 
-The same C++ definitions that compiled kernels use (math.h), so that eager code has their bits.  Half precisions are
-computed in float32 and rounded once.
+On a CPU, the same C++ definitions that compiled kernels use (math.h), so that eager code has their bits; on a GPU,
+Inductor's own kernels (gpu.py).  Half precisions are computed in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -85,3 +85,24 @@ def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
             return x.new_empty(x.shape, dtype=dtype)
         step *= size
     return x.new_empty_strided(x.shape, x.stride(), dtype=dtype)
+
+
+def _unary_cuda(x: Tensor, name: str) -> Tensor:
+    from .gpu import unary
+
+    _check_name("unary", name, PINNED_UNARY)
+    check_floating("unary", "x", x.dtype)
+    return unary(x, name)
+
+
+def _binary_cuda(a: Tensor, b: Tensor, name: str) -> Tensor:
+    from .gpu import binary
+
+    _check_name("binary", name, PINNED_BINARY)
+    check_floating("binary", "a", a.dtype)
+    check_floating("binary", "b", b.dtype)
+    return binary(a, b, name)
+
+
+_LIB.impl("unary", _unary_cuda, "CUDA")
+_LIB.impl("binary", _binary_cuda, "CUDA")

@@ -70,8 +70,8 @@ def binary(a: Tensor, b: Tensor, name: str) -> Tensor:
     """
     if name not in _BINARY:
         raise ValueError(
-            f"bicompile::binary: expected one of {', '.join(_BINARY)} on a GPU, got {name}, whose compiled code follows "
-            "the number; call torch.pow inside bicompile.eager()"
+            f"bicompile::binary: expected one of {', '.join(_BINARY)} on a GPU, got {name}, whose code follows the "
+            "number; call torch.pow inside bicompile.eager()"
         )
     return compiled(_BINARY[name], (a, b), {}).to(b.dtype if b.dtype in _HALVES else a.dtype)
 

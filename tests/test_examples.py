@@ -25,6 +25,22 @@ def test_explain_shows_what_is_lowered_crossed_and_refused(capsys):
     assert refused.startswith("NOT proven") and "_linalg_svd" in refused
 
 
+def test_generate_keeps_every_logit(capsys):
+    pytest.importorskip("transformers")
+    stock, ours = _output("03_generate.py", capsys).splitlines()
+    assert "batch_invariant: 0 of" in ours
+    assert "stock: 0 of" not in stock
+
+
+def test_sampled_requests_get_one_answer(capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    few = ["--model", "random", "--requests", "8", "--largest", "4", "--tokens", "6"]
+    monkeypatch.setattr("sys.argv", ["04_thousand_completions.py", *few])
+    output = _output("04_thousand_completions.py", capsys)
+    assert "batch_invariant: 1 different answers to 8 requests" in output
+    assert "stock: " in output
+
+
 def test_every_example_is_tested():
-    tested = {"01_linear.py", "02_explain.py"}
+    tested = {"01_linear.py", "02_explain.py", "03_generate.py", "04_thousand_completions.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested

@@ -52,7 +52,12 @@ def _sample(cases: list[tuple[Compilation, int]], seed: str) -> list[tuple[Compi
 
 
 def test_schedules_compile_and_fit(request):
-    cases = [(case, capability) for case in all_cases() for capability in CAPABILITIES if capability >= case.needs]
+    cases = [
+        (case, capability)
+        for case in all_cases()
+        for capability in CAPABILITIES
+        if case.needs <= capability <= case.up_to
+    ]
     if not request.config.getoption("--all-schedules"):
         seed = os.environ.get("BICOMPILE_SAMPLE_SEED") or datetime.date.today().isoformat()
         print(f"BICOMPILE_SAMPLE_SEED={seed}")

@@ -45,7 +45,9 @@ def test_only_kernels_go_without_types():
     untyped = []
     for path in sorted((ROOT / "lowering").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.FunctionDef) or any("triton." in ast.unparse(d) for d in node.decorator_list):
+            if not isinstance(node, ast.FunctionDef) or any(
+                "triton." in ast.unparse(d) or "gluon." in ast.unparse(d) for d in node.decorator_list
+            ):
                 continue
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             missing = [a.arg for a in arguments if a.annotation is None and a.arg not in ("self", "cls")]

@@ -274,3 +274,32 @@ def _mask_for(mask: Tensor, lead: torch.Size, heads: int) -> Tensor:
     if len(lead) <= 1 or len(own) <= 1:
         return mask
     return mask.expand(*lead, *mask.shape[-3:]).reshape(math.prod(lead), *mask.shape[-3:])
+
+
+def _cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    from .gpu import sdpa  # late: importing the op must not import triton
+
+    _check_op("sdpa", q, k, v, mask)
+    return sdpa(q, k, v, mask, is_causal, scale)
+
+
+def _cuda_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .gpu_backward import sdpa_backward  # late: importing the op must not import triton
+
+    _check_op("sdpa_backward", q, k, v, mask)
+    return sdpa_backward(grad, q, k, v, mask, out, lse, is_causal, scale, mask_grad)
+
+
+_LIB.impl("sdpa", _cuda, "CUDA")
+_LIB.impl("sdpa_backward", _cuda_backward, "CUDA")

@@ -38,3 +38,52 @@ class AttentionOrder:
 def order_for(dtype: torch.dtype) -> AttentionOrder:
     """The one order for ``dtype``.  Batch, heads, queries and keys are no parameters: they cannot matter."""
     return AttentionOrder(torch.float64 if dtype == torch.float64 else torch.float32, block=192, lanes=32)
+
+
+@dataclass(frozen=True)
+class GpuAttentionOrder:
+    """The order on a GPU, on a grid of keys counted from the row's first key (its *anchor*).
+
+    *Seen*: a query row sees a key that neither causality nor the boolean mask hides, and whose additive mask is above
+    ``hidden_below``.  The anchor is the first key that the row sees, so leading and trailing keys, other documents of a
+    packed row and what padded queries see cannot show.
+
+    *Score*: the tensor core's chain over the depth in ascending groups, from +0; fp32 and fp64 by IEEE FMA chains.
+    *Inside a split*, from a fresh state, blocks of ``block`` keys in ascending order: running maximum ``m`` in the
+    log2 domain, weights ``exp2(fma(score, scale * log2(e), bias - m))``, what was summed so far times
+    ``exp2(m_before - m)``, then the tensor core's chain over the block's keys.  The weights' own sum folds the block's
+    halves until ``lanes`` are left, adds those to the running lanes, and folds the lanes at the split's end.
+    *Splits* are merged in ascending order: ``fma(total, exp2(M - max), part * exp2(m - max))``.  A split's size is a
+    function of its first key's distance from the anchor: ``splits`` are pairs (up to this distance, this size).
+
+    A hidden key adds nothing, whatever it and its value hold.  A value of NaN or Inf in a key that the row sees makes
+    that column of the row NaN.
+
+    Backward: ``P = exp2(fma(score, scale * log2(e), bias - lse))``; ``dq``: one chain over keys from the anchor;
+    ``dk``, ``dv``: one chain over the group's heads in ascending order, inside a head over queries counted from the
+    first query of the batch row that sees any key.
+    """
+
+    block: int
+    lanes: int
+    splits: tuple[tuple[int, int], tuple[int, int], int]
+
+
+def gpu_order_for(depth: int, dtype: torch.dtype) -> GpuAttentionOrder:
+    """The one order on a GPU for heads of ``depth`` (the larger of the keys' and the values') and ``dtype``."""
+    if dtype == torch.float64:
+        block = 16
+    elif dtype == torch.float32:
+        block = 32
+    else:
+        block = 128 if depth <= 128 else 64
+    return GpuAttentionOrder(block=block, lanes=8, splits=((4096, 512), (16384, 1024), 2048))
+
+
+HIDDEN_BELOW = {
+    torch.float64: -1e300,
+    torch.float32: -1e38,
+    torch.bfloat16: -1e38,
+    torch.float16: -6e4,
+}
+"""An additive mask at or below this hides its key: -inf, and the lowest finite number, which models use for it."""

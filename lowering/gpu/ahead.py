@@ -35,6 +35,7 @@ class Compilation:
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
         options: further options of the compiler, such as ``maxnreg``.
         needs: the oldest compute capability that this is for, such as 90 for what uses TMA.
+        up_to: the newest one, for instructions that a later one dropped.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Compilation:
     stages: int
     options: dict[str, Any] = field(default_factory=dict)
     needs: int = 80
+    up_to: int = 1000
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,6 @@ def compile_for(compilation: Compilation, capability: int) -> Compiled:
     """Compile for a GPU of ``capability`` (such as 90), which need not be here."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     options = {
         "num_warps": compilation.warps,
@@ -77,12 +78,23 @@ def compile_for(compilation: Compilation, capability: int) -> Compiled:
         **compilation.options,
     }
     try:
-        source = ASTSource(compilation.kernel, *arguments_of(compilation))
+        source = _source_class(compilation.kernel)(compilation.kernel, *arguments_of(compilation))
         binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     except Exception as error:  # the compiler's own classes are many and private
         return Compiled(error=f"{type(error).__name__}: {str(error).strip()[:500]}")
     registers, stack = _resources(binary.asm["cubin"])
     return Compiled(binary.metadata.shared, registers, stack)
+
+
+def _source_class(kernel: Any) -> Any:
+    """How the compiler takes a kernel: Triton's or Gluon's."""
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        return GluonASTSource
+    from triton.compiler import ASTSource
+
+    return ASTSource
 
 
 def arguments_of(compilation: Compilation) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:

@@ -1,0 +1,229 @@
+"""How fast is batch-invariant attention on this GPU, next to torch's own?
+
+    python examples/benchmarks/bench_attention_gpu.py            # a minute; rewrites results/<device>/attention.json
+    python examples/benchmarks/bench_attention_gpu.py --quick    # fewer sizes; writes nothing
+
+Prints one line for each case: medians of calls that took turns, with a cold L2 cache, and the ratio of their times
+(above 1: we are faster).  Before a case is timed, its values are checked against torch's, and its rows for the same
+bits alone and in the batch, and one query at a time and all at once.  ``TF`` are TFLOP/s, a causal mask counted as
+half the products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout
+
+import bicompile.lowering.attention.op  # noqa: E402, F401  registers the ops
+from bicompile.bench import Report, Row, gpu_interleaved  # noqa: E402
+from bicompile.testing import same_bits  # noqa: E402
+
+FLASH, CUDNN, DEFAULT = "FlashAttention", "cuDNN", "default"
+BACKENDS = {FLASH: [SDPBackend.FLASH_ATTENTION], CUDNN: [SDPBackend.CUDNN_ATTENTION], DEFAULT: None}
+DECODE_KEYS = (2048, 4096, 8192, 16384, 32768)
+
+ops = torch.ops.bicompile
+
+
+@dataclass(frozen=True)
+class Case:
+    """Attention of ``queries`` new tokens to ``keys`` tokens, in bf16.
+
+    Attributes:
+        group: the headline it belongs to.
+        against: torch's backends it is compared with.
+        masked: whether a boolean mask [batch, 1, queries, keys] says what is causal, as transformers gives it.
+        backward: whether the gradients are timed, not the output.
+    """
+
+    group: str
+    batch: int
+    queries: int
+    keys: int
+    heads: int = 32
+    kv_heads: int = 8
+    depth: int = 128
+    against: tuple[str, ...] = (FLASH, CUDNN)
+    masked: bool = False
+    backward: bool = False
+
+    def __str__(self) -> str:
+        sizes = f"B={self.batch} L={self.queries} S={self.keys} H={self.heads}/{self.kv_heads} D={self.depth}"
+        return f"{self.group} {sizes}{' bool mask' if self.masked else ''}"
+
+    @property
+    def causal(self) -> bool:
+        return self.queries > 1 and not self.masked
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v as views of [batch, length, heads, depth], and the mask."""
+
+        def randn(length: int, heads: int) -> Tensor:
+            shape = (self.batch, length, heads, self.depth)
+            return torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+
+        mask = None
+        if self.masked:
+            mask = torch.ones(self.batch, 1, self.queries, self.keys, dtype=torch.bool, device="cuda")
+            mask = mask.tril(self.keys - self.queries)
+        return randn(self.queries, self.heads), randn(self.keys, self.kv_heads), randn(self.keys, self.kv_heads), mask
+
+    def terabytes(self) -> float:
+        """Keys and values read once."""
+        return 2e-12 * 2 * self.batch * self.kv_heads * self.keys * self.depth
+
+    def teraflops(self) -> float:
+        """Products of one call, times two."""
+        share = 1.0 if self.queries == 1 else 0.5
+        products = self.batch * self.heads * self.queries * self.keys * self.depth * share
+        return 4e-12 * products * (2.5 if self.backward else 1.0)
+
+
+def cases(quick: bool) -> list[Case]:
+    """Everything that is timed, the headline first."""
+    found = [Case("prefill", 4, 2048, 2048), Case("prefill", 1, 8192, 8192)]
+    lengths = DECODE_KEYS[::2] if quick else DECODE_KEYS
+    for batch in (1, 16, 64):
+        for heads in (32, 64):
+            for keys in lengths:
+                if batch * keys <= 64 * 16384:
+                    found.append(Case("decode", batch, 1, keys, heads=heads, against=(DEFAULT,)))
+    if not quick:
+        found += [
+            Case("prefill, other", 16, 512, 512),
+            Case("prefill, other", 1, 32768, 32768),
+            Case("prefill, other", 4, 2048, 2048, depth=64),
+            Case("prefill, other", 1, 1024, 1024),
+            Case("prefill, other", 4, 2048, 2048, heads=32, kv_heads=32),
+        ]
+    found.append(Case("masked prefill", 4, 2048, 2048, against=(DEFAULT,), masked=True))
+    found.append(Case("backward", 4, 2048, 2048, backward=True))
+    return found
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+    """Output and lse by our op."""
+    out, lse = ops.sdpa(q, k, v, mask, causal, q.shape[3] ** -0.5)
+    return out, lse
+
+
+def stock(backend: str) -> Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]:
+    """torch's function under one of its backends."""
+    wanted = BACKENDS[backend]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        if wanted is None:
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+        with sdpa_kernel(wanted):
+            return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)
+
+    return run
+
+
+def check(case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Raise if the values are wrong; say whether rows keep their bits alone, and queries theirs one at a time."""
+    out, _ = ours(q, k, v, mask, case.causal)
+    wanted = stock(case.against[0])(q, k, v, mask, case.causal).float()
+    error = float((out.float() - wanted).norm() / wanted.norm())
+    if not error <= 2 * torch.finfo(torch.bfloat16).eps:
+        raise AssertionError(f"{case}: differs by {error:.1e} from torch")
+    last = slice(case.batch - 1, case.batch)
+    own = mask[last] if mask is not None else None
+    same = [same_bits(ours(q[last], k[last], v[last], own, case.causal)[0], out[last])]
+    for i in (0, case.queries // 3, case.queries - 1):
+        seen = i + 1 if case.queries > 1 else case.keys
+        one = ours(q[:, :, i : i + 1], k[:, :, :seen], v[:, :, :seen], None, False)[0]
+        same.append(same_bits(one, out[:, :, i : i + 1]))
+    return all(same)
+
+
+def calls(case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
+    runs: dict[str, Callable[[], object]] = {}
+    if not case.backward:
+        runs["ours"] = lambda: ours(q, k, v, mask, case.causal)
+        for name in case.against:
+            runs[name] = functools.partial(stock(name), q, k, v, mask, case.causal)
+        return runs
+    scale = case.depth**-0.5
+    out, lse = ours(q, k, v, mask, case.causal)
+    grad = torch.randn_like(out)
+    runs["ours"] = lambda: ops.sdpa_backward(grad, q, k, v, mask, out, lse, case.causal, scale, False)
+    for name in case.against:
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        result = stock(name)(*leaves, mask, case.causal)
+        runs[name] = functools.partial(torch.autograd.grad, result, leaves, grad, retain_graph=True)
+    return runs
+
+
+def measure(case: Case, ms: float) -> list[Row]:
+    """Check one case, then time it: one row for each of torch's backends."""
+    operands = case.operands()
+    same = check(case, *operands)
+    timings = gpu_interleaved(calls(case, *operands), ms=ms)
+    us = timings["ours"].median_us
+    rate = (
+        {"ours_tb_s": case.terabytes() / us * 1e6}
+        if case.queries == 1
+        else {"ours_tflops": case.teraflops() / us * 1e6}
+    )
+    rows = []
+    for name in case.against:
+        theirs = timings[name].median_us
+        extra = {"group": case.group, "ours_us": us, "theirs_us": theirs, **rate}
+        rows.append(Row(str(case), f"torch SDPA ({name})", theirs / us, same, extra))
+    return rows
+
+
+def summarise(report: Report) -> None:
+    """The headline figures and their bars."""
+
+    def ratios(group: str, against: str) -> list[float]:
+        return [r.ratio for r in report.rows if r.extra["group"] == group and against in r.against]
+
+    report.summarise("prefill against FlashAttention: lowest", min(ratios("prefill", FLASH)), 1.3)
+    report.summarise("prefill against cuDNN: lowest", min(ratios("prefill", CUDNN)), 0.75)
+    decode = ratios("decode", DEFAULT)
+    report.summarise("decode: geometric mean", math.exp(sum(map(math.log, decode)) / len(decode)), 0.95)
+    report.summarise("decode: lowest", min(decode), 0.95)
+    report.summarise("masked prefill: lowest", min(ratios("masked prefill", DEFAULT)))
+    report.summarise("backward against FlashAttention: lowest", min(ratios("backward", FLASH)))
+    report.summarise("same bits: share of cases", sum(bool(r.same_bits) for r in report.rows) / len(report.rows), 1.0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, and no result file")
+    parser.add_argument("--ms", type=float, default=40.0, help="milliseconds of calls for each case")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    report = Report("attention", "cuda")
+    print(f"{'case':62} {'against':28} {'ours us':>9} {'torch us':>9} {'ratio':>6}  same bits")
+    for case in cases(arguments.quick):
+        for row in measure(case, arguments.ms):
+            report.rows.append(row)
+            times = f"{row.extra['ours_us']:9.1f} {row.extra['theirs_us']:9.1f} {row.ratio:6.2f}"
+            print(f"{row.case:62} {row.against:28} {times}  {'yes' if row.same_bits else 'NO'}", flush=True)
+    summarise(report)
+    for name, entry in report.summary.items():
+        bar = "" if entry["bar"] is None else f"  (bar {entry['bar']})"
+        print(f"{name:48} {entry['value']}{bar}")
+    if not arguments.quick:
+        print(f"wrote {report.write()}")
+    return 0 if all(row.same_bits for row in report.rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

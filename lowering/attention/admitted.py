@@ -1,0 +1,113 @@
+"""Which schedule a call takes: the first of those that suit it which gave the reference's bits on this device."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bicompile.lowering.gpu.admission import Admission
+
+from .problem import Problem, problem_of
+
+_HERE = Path(__file__).parent
+ADMISSION = Admission(
+    "attention",
+    [
+        _HERE / name
+        for name in (
+            "kernels.py",
+            "hopper.py",
+            "backward_kernels.py",
+            "order.py",
+            "problem.py",
+            "gpu.py",
+            "gpu_backward.py",
+        )
+    ],  # fmt: skip
+)
+
+Schedule = TypeVar("Schedule")
+_CHOSEN: dict[Any, Any] = {}
+
+
+def choose(
+    p: Problem,
+    candidates: Sequence[Schedule],
+    reference: Any,
+    run: Callable[[Problem, Any], tuple[Tensor, ...]],
+    run_reference: Callable[[Problem, Any], tuple[Tensor, ...]],
+) -> Schedule:
+    """The first of ``candidates`` that is admitted for problems like ``p``, or ``reference``, which always is.
+
+    ``run`` and ``run_reference`` give all results of one probe under a schedule.
+    """
+    device = p.q.device.index
+    identity = (p.q.dtype, p.q.shape[3], p.v.shape[3], p.kind, p.causal)
+    key = (device, identity, tuple(candidates), reference)
+    if (found := _CHOSEN.get(key)) is not None:
+        return found  # type: ignore[no-any-return]
+
+    def results(way: Callable[[Problem, Any], tuple[Tensor, ...]], schedule: Any) -> Iterator[Tensor]:
+        return itertools.chain.from_iterable(way(probe, schedule) for probe in _probes(device, *identity))
+
+    for schedule in candidates:
+        named = f"{schedule} for {', '.join(str(part) for part in identity)}"
+        if schedule == reference or ADMISSION.allows(
+            named,
+            device,
+            functools.partial(results, run, schedule),
+            functools.partial(results, run_reference, reference),
+        ):
+            break
+    else:
+        schedule = reference
+    if not torch.cuda.is_current_stream_capturing():  # while capturing, nothing new can be admitted
+        _CHOSEN[key] = schedule
+    return schedule
+
+
+def _probes(
+    device: int, dtype: torch.dtype, depth: int, value_depth: int, kind: str, causal: bool
+) -> Iterator[Problem]:
+    """Values over many binades with cancelling pairs, ragged lengths over splits of every size, several anchors."""
+    sizes = [(2, 4, 2, 77, 1337)]  # batch, heads, kv heads, queries, keys
+    if dtype.itemsize == 2:
+        sizes += [(1, 4, 1, 1201, 1201), (1, 2, 1, 131, 5377)]
+    for number, (batch, heads, kv_heads, queries, keys) in enumerate(sizes):
+        g = torch.Generator(device="cuda").manual_seed(number)
+        q, k, v = (
+            _values((batch, n, h, d), dtype, device, g).transpose(1, 2)
+            for n, h, d in ((queries, heads, depth), (keys, kv_heads, depth), (keys, kv_heads, value_depth))
+        )
+        mask = None if kind == "none" else _mask(batch, queries, keys, kind, dtype, device, g)
+        yield problem_of("sdpa", q, k, v, mask, causal, 0.5 * depth**-0.5)
+
+
+def _values(shape: tuple[int, ...], dtype: torch.dtype, device: int, g: torch.Generator) -> Tensor:
+    x = torch.randn(shape, generator=g, device=device)
+    x = x * torch.exp(1.5 * torch.randn(shape, generator=g, device=device))
+    x[:, 1::2] = torch.where(
+        torch.rand(shape, generator=g, device=device)[:, 1::2] < 0.3, -x[:, : shape[1] // 2 * 2 : 2], x[:, 1::2]
+    )
+    return x.to(dtype)
+
+
+def _mask(
+    batch: int, queries: int, keys: int, kind: str, dtype: torch.dtype, device: int, g: torch.Generator
+) -> Tensor:
+    """Causal to the lower right, left padding, a document that starts elsewhere, gaps, and rows that see nothing."""
+    seen = torch.ones((batch, 1, queries, keys), dtype=torch.bool, device=device).tril(max(keys - queries, 0))
+    seen[0, :, :, :41] = False
+    seen[:, :, queries // 2 :, :203] = False
+    seen[:, :, 3] = False
+    seen[-1] &= torch.rand((queries, keys), generator=g, device=device) < 0.9
+    if kind == "bool":
+        return seen
+    bias = torch.randn((batch, 1, queries, keys), generator=g, device=device).to(dtype)
+    return bias.masked_fill(~seen, float("-inf"))

@@ -1,0 +1,111 @@
+"""The forward and backward kernels as they are compiled, for tests that have no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from bicompile.lowering.gpu.ahead import Compilation
+
+from .backward_kernels import key_kernel, query_kernel
+from .hopper import ROWS, hopper_kernel
+from .kernels import split_kernel, tile_kernel
+from .order import gpu_order_for
+from .schedule import BackwardSchedule, HopperSchedule, SplitSchedule, TileSchedule
+
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+_LOOSE = ("queries", "keys", "heads", "kv_heads", "num_rows")
+
+
+def compilation(
+    schedule: TileSchedule | SplitSchedule, dtype: torch.dtype, depth: int, mask: str = "none", *, causal: bool = False
+) -> Compilation:
+    """One forward kernel for heads of ``depth``, a power of two."""
+    import triton.language as tl
+
+    split = isinstance(schedule, SplitSchedule)
+    kernel = split_kernel if split else tile_kernel
+    tma = not split and schedule.tma
+    name, order = _NAMES[dtype], gpu_order_for(depth, dtype)
+    wide = "fp64" if dtype == torch.float64 else "fp32"
+    (e1, s1), (e2, s2), s3 = order.splits
+    constants: dict[str, Any] = dict(
+        BM=schedule.rows, BN=order.block, BD=depth, BDV=depth, EVEN=True, EVEN_V=True, LANES=order.lanes, MASK=mask,
+        CAUSAL=causal, HIDDEN=-1e38, TMA=tma, STAGES=schedule.stages, FLAGGED=False,
+        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, E1=e1, S1=s1, E2=e2, S2=s2, S3=s3,
+    )  # fmt: skip
+    if split:
+        del constants["FLAGGED"]
+    signature = {a: "i32:16" for a in kernel.arg_names if a not in constants}
+    signature |= {a: "i32" for a in _LOOSE if a in signature}
+    signature |= {a: f"*{wide}:16" for a in ("lse_ptr", "part_ptr", "stats_ptr") if a in signature}
+    signature |= {a: "*i32:16" for a in ("first_ptr", "hole_ptr", "last_ptr", "flag_ptr")}
+    signature |= {a: "fp32" for a in ("c_high", "c_low")}
+    signature |= {a: f"*{name}:16" for a in ("q_ptr", "k_p", "v_p", "out_ptr") if a in signature}
+    signature["mask_ptr"] = f"*{name}:16" if mask == "additive" else "*u8:16"
+    if tma:
+        signature |= {a: f"tensordesc<{name}[1, 1, {order.block}, {depth}]>" for a in ("k_p", "v_p")}
+    if mask != "none":
+        constants["mask_k"] = 1
+    label = f"attention {name} {depth} {mask}{' causal' if causal else ''} {schedule}"
+    return Compilation(label, kernel, signature, constants, schedule.warps, schedule.stages, needs=90 if tma else 80)
+
+
+def backward_compilations(
+    schedule: BackwardSchedule, dtype: torch.dtype, depth: int, mask: str = "none", *, causal: bool = False
+) -> Iterator[Compilation]:
+    """The two large backward kernels for heads of ``depth``, a power of two."""
+    import triton.language as tl
+
+    name = _NAMES[dtype]
+    wide = "fp64" if dtype == torch.float64 else "fp32"
+    for kernel in (query_kernel, key_kernel):
+        mine = kernel is query_kernel
+        constants: dict[str, Any] = dict(
+            BM=schedule.queries if mine else schedule.step, BN=schedule.step if mine else schedule.keys, BD=depth,
+            BDV=depth, EVEN=True, EVEN_V=True, MASK=mask, CAUSAL=causal, HIDDEN=-1e38, STAGES=schedule.stages,
+            DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+        )  # fmt: skip
+        signature = {a: "i32:16" for a in kernel.arg_names if a not in constants}
+        signature |= {a: "i32" for a in _LOOSE if a in signature}
+        signature |= {a: f"*{wide}:16" for a in ("lse_ptr", "delta_ptr")}
+        signature |= {a: "*i32:16" for a in ("first_ptr", "last_ptr", "begin_ptr") if a in signature}
+        signature |= {a: "fp32" for a in ("c_high", "c_low", "scale", "scale_low")}
+        halves = ("q_ptr", "k_p", "v_p", "grad_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
+        signature |= {a: f"*{name}:16" for a in halves if a in signature}
+        signature["mask_ptr"] = f"*{name}:16" if mask == "additive" else "*u8:16"
+        if mask != "none":
+            constants["mask_k"] = 1
+        label = f"attention {name} {depth} {mask}{' causal' if causal else ''} {'dq' if mine else 'dk, dv'} {schedule}"
+        yield Compilation(label, kernel, signature, constants, schedule.warps, schedule.stages)
+
+
+def hopper_compilation(
+    schedule: HopperSchedule, depth: int, mask: str = "none", *, causal: bool = False
+) -> Compilation:
+    """The kernel of sm_90 for bf16."""
+    from triton.experimental.gluon import language as gl
+
+    order = gpu_order_for(depth, torch.bfloat16)
+    (e1, s1), (e2, s2), s3 = order.splits
+    constants: dict[str, Any] = dict(
+        ROWS=ROWS, BN=order.block, BD=depth, LANES=order.lanes, MASK=mask, CAUSAL=causal,
+        STAGES=schedule.stages, OVERLAP=schedule.overlap, DTYPE=gl.bfloat16, E1=e1, S1=s1, E2=e2, S2=s2, S3=s3,
+    )  # fmt: skip
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    signature = {a: "i32" for a in hopper_kernel.arg_names if a not in constants}
+    signature |= {"out_ptr": "*bf16:16", "lse_ptr": "*fp32:16", "mask_ptr": "*u8:16"}
+    signature |= {a: "*i32:16" for a in ("flag_ptr", "first_ptr", "hole_ptr", "last_ptr")}
+    if mask != "none":
+        constants["mask_k"] = 1
+    signature |= {"q_desc": f"tensordesc<bf16[1, 1, {ROWS}, {depth}],{layout!r}>", "c": "fp32"}
+    signature |= {a: f"tensordesc<bf16[1, 1, {order.block}, {depth}],{layout!r}>" for a in ("k_desc", "v_desc")}
+    label = f"attention bf16 {depth} {mask}{' causal' if causal else ''} {schedule}"
+    return Compilation(label, hopper_kernel, signature, constants, 4, 1, {"maxnreg": 168}, needs=90, up_to=90)
+
+
+def aot_cases() -> Iterator[Compilation]:
+    """Every schedule, with the masks and depths it meets."""
+    yield compilation(TileSchedule(128, 8, 2, True), torch.bfloat16, 128, causal=True)

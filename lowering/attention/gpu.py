@@ -1,0 +1,200 @@
+"""Launching the attention kernels: forward."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from bicompile.lowering.gpu.device import device_key
+from bicompile.lowering.gpu.launch import INTERPRETED, on_device
+
+from .admitted import choose
+from .kernels import merge_kernel, split_kernel, tile_kernel
+from .order import GpuAttentionOrder
+from .problem import TYPES, Problem, RowInfo, launch, mask_strides, problem_of, row_info
+from .schedule import (
+    REFERENCE,
+    HopperSchedule,
+    Schedule,
+    SplitSchedule,
+    TileSchedule,
+    hopper_schedules,
+    split_schedules,
+    tile_schedules,
+    wants_split,
+)
+
+
+def new_outputs(p: Problem) -> tuple[Tensor, Tensor]:
+    """Output and statistics, laid out as the fake kernel says."""
+    batch, heads, queries, _ = p.q.shape
+    out = torch.empty((batch, queries, heads, p.v.shape[3]), dtype=p.q.dtype, device=p.q.device).transpose(1, 2)
+    wide = torch.float64 if p.q.dtype == torch.float64 else torch.float32
+    return out, torch.empty((batch, heads, queries), dtype=wide, device=p.q.device)
+
+
+def _strides(p: Problem, info: RowInfo) -> tuple[int, ...]:
+    return (
+        *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *mask_strides(p.mask), *info.strides,
+        p.q.shape[3], p.v.shape[3],
+    )  # fmt: skip
+
+
+def _tile_constants(p: Problem, schedule: TileSchedule, flagged: bool) -> tuple[Any, ...]:
+    tail = p.tail(schedule.tma, schedule.stages)
+    return (schedule.rows, *tail[:-5], flagged, *tail[-5:])
+
+
+def run_tiles(p: Problem, schedule: TileSchedule) -> tuple[Tensor, Tensor]:
+    """Forward by tiles of queries."""
+    batch, heads, queries, _ = p.q.shape
+    out, lse = new_outputs(p)
+    info = row_info(p)
+    k, v = descriptors(p) if schedule.tma else (p.k, p.v)
+    launch(
+        tile_kernel, (batch * heads, triton.cdiv(queries, schedule.rows)),
+        (p.q, k, v, p.mask if p.mask is not None else p.q, info.first, info.hole, info.last, out, lse, p.q),
+        (queries, p.k.shape[2], heads, p.k.shape[1], *p.scales), _strides(p, info),
+        _tile_constants(p, schedule, False), schedule.warps, schedule.stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def run_splits(p: Problem, schedule: SplitSchedule) -> tuple[Tensor, Tensor]:
+    """Forward by splits of keys over programs, and a merge."""
+    batch, heads, queries, _ = p.q.shape
+    keys, kv_heads, value_depth = p.k.shape[2], p.k.shape[1], p.v.shape[3]
+    out, lse = new_outputs(p)
+    info = row_info(p)
+    splits, num_rows = num_splits(p.order, keys), batch * heads * queries
+    part = torch.empty((splits, num_rows, value_depth), dtype=lse.dtype, device=lse.device)
+    stats = torch.empty((splits, num_rows, 2), dtype=lse.dtype, device=lse.device)
+    group = heads // kv_heads
+    tail = p.tail(False, schedule.stages)
+    launch(
+        split_kernel, (splits, batch * kv_heads, triton.cdiv(queries * group, schedule.rows)),
+        (p.q, p.k, p.v, p.mask if p.mask is not None else p.q, info.first, info.hole, info.last, part, stats),
+        (queries, keys, heads, kv_heads, num_rows, *p.scales), _strides(p, info), (schedule.rows, *tail),
+        schedule.warps, schedule.stages,
+    )  # fmt: skip
+    launch(
+        merge_kernel, (num_rows,), (part, stats, info.first, info.last, out, lse), (queries, keys, heads, num_rows),
+        (*info.strides, value_depth),
+        (p.widths[1], 8, p.kind, p.causal, TYPES[p.q.dtype], *tail[-5:]), 1, 1,
+    )  # fmt: skip
+    return out, lse
+
+
+def num_splits(order: GpuAttentionOrder, keys: int) -> int:
+    """How many splits ``keys`` keys have."""
+    (e1, s1), (e2, s2), s3 = order.splits
+    if keys <= e1:
+        return triton.cdiv(keys, s1)
+    if keys <= e2:
+        return e1 // s1 + triton.cdiv(keys - e1, s2)
+    return e1 // s1 + (e2 - e1) // s2 + triton.cdiv(keys - e2, s3)
+
+
+def descriptors(p: Problem) -> tuple[Any, Any]:
+    """TMA descriptors of keys and values."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    width, value_width = p.widths
+    block = p.order.block
+    return (
+        TensorDescriptor.from_tensor(p.k, [1, 1, block, width]),
+        TensorDescriptor.from_tensor(p.v, [1, 1, block, value_width]),
+    )
+
+
+def run_hopper(p: Problem, schedule: HopperSchedule) -> tuple[Tensor, Tensor]:
+    """Forward by the kernel of sm_90, for problems without a mask whose tensors TMA can read."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from .hopper import ROWS, hopper_kernel
+
+    batch, heads, queries, depth = p.q.shape
+    block = p.order.block
+    out, lse = new_outputs(p)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    descs = tuple(
+        TensorDescriptor.from_tensor(t, [1, 1, rows, depth], layout)
+        for t, rows in ((p.q, ROWS), (p.k, block), (p.v, block))
+    )
+    dtype = gl.bfloat16 if p.q.dtype == torch.bfloat16 else gl.float16
+    (e1, s1), (e2, s2), s3 = p.order.splits
+    groups = triton.cdiv(queries, ROWS)
+    looks_twice = p.causal or p.mask is not None
+    flags = torch.empty(batch * heads * groups if looks_twice else 0, dtype=torch.int32, device=out.device)
+    info = row_info(p)
+    mask = p.mask if p.mask is not None else p.q
+    sizes = (queries, p.k.shape[2], heads, p.k.shape[1])
+    launch(
+        hopper_kernel, (batch * heads, triton.cdiv(queries, 2 * ROWS)),
+        (*descs, mask, info.first, info.hole, info.last, out, lse, flags), (*sizes, p.scales[0]),
+        (*mask_strides(p.mask), *info.strides),
+        (ROWS, block, depth, p.order.lanes, p.kind, p.causal, schedule.stages, schedule.overlap, dtype, e1, s1, e2, s2,
+         s3),
+        4, 1, maxnreg=168,
+    )  # fmt: skip
+    if looks_twice:
+        careful = TileSchedule(rows=ROWS, warps=4, stages=1)
+        launch(
+            tile_kernel, (batch * heads, groups),
+            (p.q, p.k, p.v, mask, info.first, info.hole, info.last, out, lse, flags), (*sizes, *p.scales),
+            _strides(p, info), _tile_constants(p, careful, True), careful.warps, careful.stages,
+        )  # fmt: skip
+    return out, lse
+
+
+def takes_tma(t: Tensor) -> bool:
+    """Whether TMA can read ``t``: addresses and strides of 16 bytes."""
+    itemsize = t.element_size()
+    return t.data_ptr() % 16 == 0 and all(s * itemsize % 16 == 0 and s > 0 for s in t.stride()[:3])
+
+
+def takes_hopper(p: Problem, capability: tuple[int, int]) -> bool:
+    """Whether the kernel of sm_90 can run ``p``."""
+    depth = p.q.shape[3]
+    return (
+        capability == (9, 0) and p.kind != "additive" and p.q.element_size() == 2 and depth in (64, 128)
+        and p.v.shape[3] == depth and takes_tma(p.q) and takes_tma(p.k) and takes_tma(p.v)
+    )  # fmt: skip
+
+
+@on_device
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention and its lse; see ``op.py`` for shapes and ``order.GpuAttentionOrder`` for the order."""
+    p = problem_of("sdpa", q, k, v, mask, is_causal, scale)
+    batch, heads, queries, _ = q.shape
+    keys = k.shape[2]
+    if batch * heads * queries == 0 or keys == 0:
+        out, lse = new_outputs(p)
+        return out.zero_(), lse.fill_(-math.inf)
+    rows = queries * (heads // k.shape[1])
+    if INTERPRETED:
+        return run(p, SplitSchedule(16, 4, 1) if rows <= 16 else REFERENCE)
+    device = device_key(q.device.index)
+    candidates: list[Schedule] = []
+    if wants_split(queries, heads // k.shape[1], keys, batch * heads, device.num_sms):
+        candidates += split_schedules(rows, p.widths, q.dtype, device)
+    else:
+        if takes_hopper(p, device.capability):
+            candidates += hopper_schedules(queries)
+        tma = takes_tma(p.k) and takes_tma(p.v)
+        candidates += [s for s in tile_schedules(queries, p.widths, q.dtype, device) if tma or not s.tma]
+    return run(p, choose(p, tuple(candidates), REFERENCE, run, run))
+
+
+def run(p: Problem, schedule: Schedule) -> tuple[Tensor, Tensor]:
+    """Forward under any schedule."""
+    if isinstance(schedule, SplitSchedule):
+        return run_splits(p, schedule)
+    if isinstance(schedule, HopperSchedule):
+        return run_hopper(p, schedule)
+    return run_tiles(p, schedule)

@@ -1,0 +1,129 @@
+"""Launching the attention kernels: backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from bicompile.lowering.gpu.device import device_key
+from bicompile.lowering.gpu.launch import INTERPRETED, on_device
+
+from .admitted import choose
+from .backward_kernels import begin_kernel, delta_kernel, key_kernel, mask_kernel, query_kernel, sum_kernel
+from .gpu import run_tiles
+from .problem import TYPES, Problem, RowInfo, launch, mask_strides, problem_of, row_info, two_parts
+from .schedule import REFERENCE, REFERENCE_BACKWARD, BackwardSchedule, backward_schedules
+
+
+def run_backward(
+    p: Problem, grad: Tensor, out: Tensor, lse: Tensor, scale: float, mask_grad: bool, schedule: BackwardSchedule
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and, if wanted, of the mask; ``scale`` with the sign that ``p`` has put into q."""
+    batch, heads, queries, depth = p.q.shape
+    keys, kv_heads, value_depth = p.k.shape[2], p.k.shape[1], p.v.shape[3]
+    wide = TYPES[p.q.dtype]
+    num_rows = batch * heads * queries
+    grad, out = (t if t.stride(3) == 1 or value_depth <= 1 else t.contiguous() for t in (grad, out))
+    delta = torch.empty_like(lse)
+    launch(
+        delta_kernel, (triton.cdiv(num_rows, 16),), (grad, out, delta), (queries, heads, num_rows),
+        (*grad.stride()[:3], *out.stride()[:3], value_depth), (16, p.widths[1], wide), 4, 1,
+    )  # fmt: skip
+    info = row_info(p)
+    mask = p.mask if p.mask is not None else p.q
+    strides = (
+        *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *mask_strides(p.mask), *info.strides, depth,
+        value_depth, *grad.stride()[:3],
+    )  # fmt: skip
+    width, value_width = p.widths
+    rest = (
+        width, value_width, width == depth, value_width == value_depth, p.kind, p.causal, p.hidden, schedule.stages,
+        wide,
+    )  # fmt: skip
+    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (p.q, p.k, p.v))
+    sizes = (queries, keys, heads, kv_heads, *p.scales)
+    launch(
+        query_kernel, (batch * heads, triton.cdiv(queries, schedule.queries)),
+        (p.q, p.k, p.v, mask, info.first, info.last, grad, lse, delta, dq), (*sizes, *two_parts(scale)), strides,
+        (schedule.queries, schedule.step, *rest), schedule.warps, schedule.stages,
+    )  # fmt: skip
+    begin, begin_strides = _begin(p, info)
+    launch(
+        key_kernel, (batch * kv_heads, triton.cdiv(keys, schedule.keys)),
+        (p.q, p.k, p.v, mask, info.first, info.last, begin, grad, lse, delta, dk, dv),
+        (*sizes, *two_parts(p.scale)), (*strides, *begin_strides), (schedule.step, schedule.keys, *rest),
+        schedule.warps, schedule.stages,
+    )  # fmt: skip
+    dmask = _mask_gradient(p, p.mask, grad, lse, delta) if mask_grad and p.mask is not None else p.q.new_empty(0)
+    return dq, dk, dv, dmask
+
+
+def _begin(p: Problem, info: RowInfo) -> tuple[Tensor, tuple[int, int]]:
+    """The first query of each row of the mask that sees any key."""
+    if p.mask is None:
+        return p.q, (0, 0)
+    batch, heads = p.mask.shape[:2]
+    begin = torch.empty((batch, heads), dtype=torch.int32, device=p.q.device)
+    launch(
+        begin_kernel, (batch * heads,), (info.first, begin), (p.q.shape[2], p.k.shape[2]), (), (1024,), 4, 1
+    )  # fmt: skip
+    return begin, (heads if batch > 1 else 0, 1 if heads > 1 else 0)
+
+
+def _mask_gradient(p: Problem, mask: Tensor, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The masked scores' gradient, summed over the dims in which the mask was broadcast, in ascending order."""
+    batch, heads, queries, depth = p.q.shape
+    keys, value_depth = p.k.shape[2], p.v.shape[3]
+    batches, mask_heads = mask.shape[:2]
+    ds = torch.empty((batches, mask_heads, queries, keys), dtype=lse.dtype, device=lse.device)
+    rows = cols = 16 if lse.dtype == torch.float64 else 32
+    width, value_width = p.widths
+    launch(
+        mask_kernel, (triton.cdiv(keys, cols), triton.cdiv(queries, rows), batches * mask_heads),
+        (p.q, p.k, p.v, mask, grad, lse, delta, ds),
+        (queries, keys, batch, heads, p.k.shape[1], batches, mask_heads, *p.scales),
+        (*p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *mask_strides(mask), depth, value_depth,
+         *grad.stride()[:3]),
+        (rows, cols, width, value_width, width == depth, value_width == value_depth, p.causal, p.hidden,
+         TYPES[p.q.dtype]), 4, 1,
+    )  # fmt: skip
+    if mask.shape[2] == 1 and queries != 1:
+        ds = _sum(ds, batches * mask_heads, queries, keys).view(batches, mask_heads, 1, keys)
+    if mask.shape[3] == 1 and keys != 1:
+        ds = _sum(ds, ds.numel() // keys, keys, 1).view(batches, mask_heads, -1, 1)
+    return ds.to(mask.dtype)
+
+
+def _sum(x: Tensor, outer: int, length: int, inner: int) -> Tensor:
+    """Sum the middle dim of ``x``, seen as [outer, length, inner], in ascending order."""
+    out = torch.empty((outer, inner), dtype=x.dtype, device=x.device)
+    block = min(triton.next_power_of_2(inner), 128)
+    launch(sum_kernel, (outer, triton.cdiv(inner, block)), (x, out), (outer, length, inner), (), (block,), 1, 1)
+    return out
+
+
+def _probe(p: Problem, schedule: BackwardSchedule) -> tuple[Tensor, ...]:
+    """The gradients of ``p`` for a gradient that is the output itself."""
+    out, lse = run_tiles(p, REFERENCE)
+    return run_backward(p, out, out, lse, p.scale, False, schedule)[:3]
+
+
+@on_device
+def sdpa_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, is_causal: bool,
+    scale: float, mask_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and, if wanted, of the mask; see ``op.py``."""
+    p = problem_of("sdpa_backward", q, k, v, mask, is_causal, scale)
+    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
+        dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+        if mask is None or not mask_grad:
+            return dq, dk, dv, q.new_empty(0)
+        return dq, dk, dv, torch.zeros(mask.shape, dtype=mask.dtype, device=q.device)
+    schedule = REFERENCE_BACKWARD
+    if not INTERPRETED:
+        candidates = backward_schedules(p.widths, q.dtype, device_key(q.device.index))
+        schedule = choose(p, tuple(candidates), REFERENCE_BACKWARD, _probe, _probe)
+    dq, dk, dv, dmask = run_backward(p, grad, out, lse, scale, mask_grad, schedule)
+    return dq, dk, dv, dmask.view(mask.shape) if mask is not None and mask_grad else dmask

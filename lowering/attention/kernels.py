@@ -1,0 +1,529 @@
+"""The forward kernels: one tile of query rows over all its keys, one tile over one split, and the merge of splits.
+
+All follow ``order.GpuAttentionOrder``; they differ in which program does which part of it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# -- One block of keys ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def fold(x, ROWS: tl.constexpr, WIDTH: tl.constexpr, TO: tl.constexpr):
+    """Add the halves of ``x``, [ROWS, WIDTH], until TO columns are left: one IEEE addition each, in any layout."""
+    steps: tl.constexpr = (WIDTH // TO).bit_length() - 1
+    for i in tl.static_range(steps):
+        x = tl.sum(tl.reshape(x, [ROWS, 2, WIDTH >> (i + 1)]), axis=1)
+    return x
+
+
+@triton.jit
+def fold_all(x, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Add the halves of ``x``, [ROWS, WIDTH], until [ROWS] is left."""
+    return tl.reshape(fold(x, ROWS, WIDTH, 1), [ROWS])
+
+
+@triton.jit
+def finite_or(x, floor):
+    """``x``, or ``floor`` where it is -inf: a row that saw no key yet."""
+    return tl.where(x == float("-inf"), floor, x)
+
+
+@triton.jit
+def step(q, k, v, m, w, acc, c, bias, seen, BM: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr, HOW: tl.constexpr):
+    """One block of keys: the running maximum, the lanes of the weights' sum, and the weighted sum.
+
+    ``HOW``: "all" rows see all keys; "some": ``seen`` says which; "biased": ``bias`` is added where they do.
+    """
+    s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=m.dtype)
+    if HOW == "all":
+        top = tl.max(s, 1) * c
+    elif HOW == "some":
+        s = tl.where(seen, s, float("-inf"))
+        top = tl.max(s, 1) * c
+    else:
+        top = tl.max(tl.where(seen, tl.fma(s, tl.full([BM, BN], 1.0, m.dtype) * c, bias), float("-inf")), 1)
+    new = tl.maximum(m, top)
+    safe = finite_or(new, 0.0)
+    factor = tl.full([BM, BN], 1.0, m.dtype) * c
+    if HOW == "biased":
+        p = tl.exp2(tl.where(seen, tl.fma(s, factor, bias - safe[:, None]), float("-inf")))
+    else:
+        p = tl.exp2(tl.fma(s, factor, tl.broadcast_to(-safe[:, None], [BM, BN])))
+    alpha = tl.exp2(m - safe)
+    w = w * alpha[:, None] + fold(p, BM, BN, LANES)
+    acc = acc * alpha[:, None]
+    if HOW == "all":
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee", out_dtype=m.dtype)
+    else:
+        # A value of NaN or Inf must not reach the rows that do not see it.
+        plain = v * 0.0 == 0.0
+        acc = tl.dot(p.to(v.dtype), tl.where(plain, v, 0.0), acc, input_precision="ieee", out_dtype=m.dtype)
+        if tl.min(tl.min(plain.to(tl.int32), 1), 0) == 0:
+            reached = tl.dot(seen.to(tl.float16), (plain == 0).to(tl.float16))
+            acc = tl.where(reached > 0.0, float("nan"), acc)
+    return new, w, acc
+
+
+@triton.jit
+def merge(M, W, Y, m, w, acc):
+    """Put the sums of the next split, (m, w, acc), onto those of the splits before it."""
+    new = tl.maximum(M, m)
+    safe = finite_or(new, 0.0)
+    a = tl.exp2(M - safe)
+    b = tl.exp2(m - safe)
+    W = tl.fma(W, a, w * b)
+    Y = tl.fma(Y, tl.broadcast_to(a[:, None], Y.shape), acc * b[:, None])
+    return new, W, Y
+
+
+@triton.jit
+def ends_split(stop, E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr):
+    """Whether a split ends ``stop`` keys after the anchor."""
+    size = tl.where(stop <= E1, S1, tl.where(stop <= E2, S2, S3))
+    return (stop & (size - 1)) == 0
+
+
+@triton.jit
+def split_start(i, E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr):
+    """How far from the anchor split ``i`` starts."""
+    n1: tl.constexpr = E1 // S1
+    n2: tl.constexpr = (E2 - E1) // S2
+    return tl.where(i < n1, i * S1, tl.where(i < n1 + n2, E1 + (i - n1) * S2, E2 + (i - n1 - n2) * S3))
+
+
+@triton.jit
+def splits_in(keys, E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr):
+    """How many splits hold ``keys`` keys from the anchor."""
+    n1: tl.constexpr = E1 // S1
+    n2: tl.constexpr = (E2 - E1) // S2
+    near = (keys + S1 - 1) // S1
+    middle = n1 + (keys - E1 + S2 - 1) // S2
+    far = n1 + n2 + (keys - E2 + S3 - 1) // S3
+    return tl.where(keys <= E1, near, tl.where(keys <= E2, middle, far))
+
+
+# -- Loads ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_rows(
+    p, b, h, n, stop, step_n, width, BN: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr
+):
+    """Rows ``n`` to ``n + BN`` of a head's keys or values, [BN, BD]; 0 past ``stop`` and past the depth.
+
+    With TMA, ``p`` is a descriptor of [batch, heads, rows, depth]; else it points to the head's first row, and
+    ``stop`` None says that all rows exist.  EVEN: BD is the depth.
+    """
+    if TMA:
+        return tl.reshape(p.load([b, h, n, 0]), [BN, BD])
+    else:
+        rows = tl.arange(0, BN)
+        cols = tl.arange(0, BD)
+        at = p + n * tl.cast(step_n, tl.int64) + rows[:, None] * step_n + cols[None, :]
+        if stop is None:
+            if EVEN:
+                return tl.load(at)
+            else:
+                return tl.load(at, mask=(cols < width)[None, :] & (rows >= 0)[:, None], other=0.0)
+        else:
+            mask = (n + rows < stop)[:, None] & (cols < width)[None, :]
+            return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def seen_and_bias(
+    mask_row, n, query, stop, alive, step_k, hidden, BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
+    CAUSAL: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Which of the keys from ``n`` on each row sees, and what is added to their scores (in the log2 domain)."""
+    keys = n + tl.arange(0, BN)
+    seen = (keys < stop)[None, :] & alive[:, None]
+    if CAUSAL:
+        seen = seen & (keys[None, :] <= query[:, None])
+    log2e: tl.constexpr = 1.4426950408889634
+    bias = tl.zeros([BM, BN], DTYPE)
+    if MASK == "bool":
+        seen = seen & (tl.load(mask_row[:, None] + keys[None, :].to(tl.int64) * step_k, mask=seen, other=0) != 0)
+    elif MASK == "additive":
+        raw = tl.load(mask_row[:, None] + keys[None, :].to(tl.int64) * step_k, mask=seen, other=float("-inf"))
+        raw = raw.to(DTYPE)
+        # Written so that NaN is seen.
+        seen = seen & ((raw <= hidden) == 0)
+        bias = tl.where(seen, raw, 0.0) * log2e
+    return seen, bias
+
+
+# -- A tile over some of its keys -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def walk(
+    M, W, Y, m, w, acc, q, k_p, v_p, b, hk, anchor, start, stop, k_n, v_n, depth, value_depth, c,
+    mask_row, query, alive, mask_k, hidden,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
+    LANES: tl.constexpr, ALL: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, MERGE: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr,
+    E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+):  # fmt: skip
+    """Blocks of keys from ``start`` to ``stop``; ALL: every row sees all of them.  MERGE: splits end on the way."""
+    for n in tl.range(start, stop, BN, num_stages=STAGES):
+        if ALL:
+            k = load_rows(k_p, b, hk, n, None, k_n, depth, BN, BD, EVEN, TMA)
+            v = load_rows(v_p, b, hk, n, None, v_n, value_depth, BN, BDV, EVEN_V, TMA)
+            m, w, acc = step(q, k, v, m, w, acc, c, None, None, BM, BN, LANES, "all")
+        else:
+            k = load_rows(k_p, b, hk, n, stop, k_n, depth, BN, BD, EVEN, TMA)
+            v = load_rows(v_p, b, hk, n, stop, v_n, value_depth, BN, BDV, EVEN_V, TMA)
+            seen, bias = seen_and_bias(mask_row, n, query, stop, alive, mask_k, hidden, BM, BN, MASK, CAUSAL, m.dtype)
+            how: tl.constexpr = "biased" if MASK == "additive" else "some"
+            m, w, acc = step(q, k, v, m, w, acc, c, bias, seen, BM, BN, LANES, how)
+        if MERGE:
+            if ends_split(n - anchor + BN, E1, S1, E2, S2, S3):
+                M, W, Y = merge(M, W, Y, m, fold_all(w, BM, LANES), acc)
+                m = tl.full([BM], float("-inf"), m.dtype)
+                w = tl.zeros([BM, LANES], m.dtype)
+                acc = tl.zeros([BM, BDV], m.dtype)
+    return M, W, Y, m, w, acc
+
+
+@triton.jit
+def start_of(anchor, whole, BN: tl.constexpr):
+    """The last block boundary of the anchor's grid up to ``whole``."""
+    return anchor + (whole - anchor) // BN * BN
+
+
+@triton.jit
+def tile_pass(
+    anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query, mask_k,
+    out_row, lse_row,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
+    LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+):  # fmt: skip
+    """``rows`` of a tile, whose grid starts at ``anchor``, over their keys; all of them see those up to ``whole``."""
+    M = tl.full([BM], float("-inf"), DTYPE)
+    W = tl.zeros([BM], DTYPE)
+    Y = tl.zeros([BM, BDV], DTYPE)
+    m = tl.full([BM], float("-inf"), DTYPE)
+    w = tl.zeros([BM, LANES], DTYPE)
+    acc = tl.zeros([BM, BDV], DTYPE)
+    whole = start_of(anchor, whole, BN)
+    M, W, Y, m, w, acc = walk(
+        M, W, Y, m, w, acc, q, k_p, v_p, b, hk, anchor, anchor, whole, k_n, v_n, depth, value_depth, c,
+        mask_row, query, rows, mask_k, HIDDEN, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK != "additive",
+        MASK, CAUSAL, True, TMA, STAGES, E1, S1, E2, S2, S3,
+    )  # fmt: skip
+    M, W, Y, m, w, acc = walk(
+        M, W, Y, m, w, acc, q, k_p, v_p, b, hk, anchor, whole, stop, k_n, v_n, depth, value_depth, c,
+        mask_row, query, rows, mask_k, HIDDEN, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, False,
+        MASK, CAUSAL, True, TMA, 1, E1, S1, E2, S2, S3,
+    )  # fmt: skip
+    M, W, Y = merge(M, W, Y, m, fold_all(w, BM, LANES), acc)
+    store_rows(M, W, Y, out_row, lse_row, BDV, value_depth, rows)
+
+
+@triton.jit
+def scale_of(c_high, c_low, DTYPE: tl.constexpr):
+    """The factor of the scores, which comes in two parts where float32 cannot hold it."""
+    if DTYPE == tl.float64:
+        return tl.full([], 0.0, DTYPE) + c_high + c_low
+    else:
+        return c_high
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads"])
+def tile_kernel(
+    q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, out_ptr, lse_ptr, flag_ptr,
+    queries, keys, heads, kv_heads, c_high, c_low,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth, value_depth,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
+    LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr, DTYPE: tl.constexpr, FLAGGED: tl.constexpr,
+    E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+):  # fmt: skip
+    """BM queries of one head over all their keys.  Grid: (batch * heads, tiles of queries), the last tile first.
+
+    FLAGGED: only the tiles whose flag is set.
+    """
+    bh = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    if FLAGGED:
+        if tl.load(flag_ptr + bh * tl.num_programs(1) + tile) == 0:
+            return
+    b = bh // heads
+    h = bh % heads
+    hk = h // (heads // kv_heads)
+    b64 = b.to(tl.int64)
+    h64 = h.to(tl.int64)
+    c = scale_of(c_high, c_low, DTYPE)
+    query = tile * BM + tl.arange(0, BM)
+    alive = query < queries
+    q_row = q_ptr + b64 * q_b + h64 * q_h + query.to(tl.int64) * q_n
+    q = load_queries(q_row, alive, depth, BD)
+    if not TMA:
+        k_p += b64 * k_b + hk.to(tl.int64) * k_h
+        v_p += b64 * v_b + hk.to(tl.int64) * v_h
+    out_row = out_ptr + ((b64 * queries + query) * heads + h) * value_depth
+    lse_row = lse_ptr + bh.to(tl.int64) * queries + query
+    if MASK == "none":
+        stop = keys
+        whole = keys
+        if CAUSAL:
+            stop = tl.minimum(keys, tile * BM + BM)
+            whole = tl.minimum(keys, tile * BM + 1)
+        tile_pass(
+            0, whole, stop, alive, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, query, query, mask_k,
+            out_row, lse_row, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE,
+            E1, S1, E2, S2, S3,
+        )  # fmt: skip
+    else:
+        mask_row = mask_ptr + b64 * mask_b + h64 * mask_h + query.to(tl.int64) * mask_q
+        info = b64 * info_b + h64 * info_h + query
+        first = tl.load(first_ptr + info, mask=alive, other=keys)
+        hole = tl.load(hole_ptr + info, mask=alive, other=keys)
+        last = tl.load(last_ptr + info, mask=alive, other=0)
+        store_nothing(out_row, lse_row, BM, BDV, value_depth, alive & (first >= keys), DTYPE)
+        anchor = tl.min(first, 0)
+        while anchor < keys:  # one pass for each anchor among the rows: nearly always one
+            rows = alive & (first == anchor)
+            stop = tl.max(tl.where(rows, last, 0), 0)
+            whole = tl.min(tl.where(rows, hole, keys), 0)
+            tile_pass(
+                anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query,
+                mask_k, out_row, lse_row, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES,
+                DTYPE, E1, S1, E2, S2, S3,
+            )  # fmt: skip
+            anchor = tl.min(tl.where(first > anchor, first, keys), 0)
+
+
+@triton.jit
+def load_queries(q_row, alive, depth, BD: tl.constexpr):
+    """The query rows of a tile; 0 past the last and past the depth."""
+    cols = tl.arange(0, BD)
+    return tl.load(q_row[:, None] + cols[None, :], mask=alive[:, None] & (cols < depth)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(M, W, Y, out_row, lse_row, BDV: tl.constexpr, value_depth, rows):
+    """Write the quotients, rounded, and the statistics of ``rows``."""
+    cols = tl.arange(0, BDV)
+    y = Y * reciprocal(W)[:, None] + 0.0  # no -0
+    # Inf can only come from a value of Inf, or NaN: one result for all ways to it.
+    y = tl.where(tl.abs(y) < float("inf"), y, float("nan"))
+    mask = rows[:, None] & (cols < value_depth)[None, :]
+    tl.store(out_row[:, None] + cols[None, :], y.to(out_row.dtype.element_ty), mask=mask)
+    tl.store(lse_row, (M + tl.log2(W)) * 0.6931471805599453, mask=rows)
+
+
+@triton.jit
+def store_nothing(out_row, lse_row, BM: tl.constexpr, BDV: tl.constexpr, value_depth, rows, DTYPE: tl.constexpr):
+    """What a row that sees no key gives: zeros and -inf."""
+    cols = tl.arange(0, BDV)
+    mask = rows[:, None] & (cols < value_depth)[None, :]
+    tl.store(out_row[:, None] + cols[None, :], tl.zeros([BM, BDV], out_row.dtype.element_ty), mask=mask)
+    tl.store(lse_row, tl.full([BM], float("-inf"), DTYPE), mask=rows)
+
+
+@triton.jit
+def reciprocal(x):
+    """Correctly rounded; 1 for 0, which only a row that is not stored has."""
+    x = tl.where(x == 0.0, 1.0, x)
+    one = tl.full(x.shape, 1.0, x.dtype)
+    if x.dtype == tl.float64:
+        return one / x
+    else:
+        return tl.div_rn(one, x)
+
+
+# -- Splits over programs ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def split_pass(
+    split, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query, mask_k,
+    part_ptr, stats_ptr, num_rows, row_id,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
+    LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+):  # fmt: skip
+    """``rows`` of a tile over one split of their keys, whose sums are stored."""
+    start = anchor + split_start(split, E1, S1, E2, S2, S3)
+    stop = tl.minimum(stop, anchor + split_start(split + 1, E1, S1, E2, S2, S3))
+    if start < stop:
+        m = tl.full([BM], float("-inf"), DTYPE)
+        w = tl.zeros([BM, LANES], DTYPE)
+        acc = tl.zeros([BM, BDV], DTYPE)
+        whole = tl.maximum(start_of(anchor, tl.minimum(whole, stop), BN), start)
+        _, _, _, m, w, acc = walk(
+            m, m, acc, m, w, acc, q, k_p, v_p, b, hk, anchor, start, whole, k_n, v_n, depth, value_depth, c,
+            mask_row, query, rows, mask_k, HIDDEN, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK != "additive",
+            MASK, CAUSAL, False, TMA, STAGES, E1, S1, E2, S2, S3,
+        )  # fmt: skip
+        _, _, _, m, w, acc = walk(
+            m, m, acc, m, w, acc, q, k_p, v_p, b, hk, anchor, whole, stop, k_n, v_n, depth, value_depth, c,
+            mask_row, query, rows, mask_k, HIDDEN, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, False,
+            MASK, CAUSAL, False, TMA, 1, E1, S1, E2, S2, S3,
+        )  # fmt: skip
+        at = tl.cast(split, tl.int64) * num_rows + row_id
+        cols = tl.arange(0, BDV)
+        mask = rows[:, None] & (cols < value_depth)[None, :]
+        tl.store(part_ptr + at[:, None] * value_depth + cols[None, :], acc, mask=mask)
+        tl.store(stats_ptr + at * 2, m, mask=rows)
+        tl.store(stats_ptr + at * 2 + 1, fold_all(w, BM, LANES), mask=rows)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads", "num_rows"])
+def split_kernel(
+    q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, part_ptr, stats_ptr,
+    queries, keys, heads, kv_heads, num_rows, c_high, c_low,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth, value_depth,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
+    LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+):  # fmt: skip
+    """BM rows, which are the queries of a group of heads, over one split.  Grid: (splits, batch * kv heads, tiles).
+
+    Row ``r`` is query ``r // group`` under the group's head ``r % group``: heads that share keys share their loads.
+    """
+    split = tl.program_id(0)
+    bh = tl.program_id(1)
+    b = bh // kv_heads
+    hk = bh % kv_heads
+    group = heads // kv_heads
+    row = tl.program_id(2) * BM + tl.arange(0, BM)
+    query = row // group
+    h = hk * group + row % group
+    alive = query < queries
+    b64 = b.to(tl.int64)
+    c = scale_of(c_high, c_low, DTYPE)
+    q_row = q_ptr + b64 * q_b + h.to(tl.int64) * q_h + query.to(tl.int64) * q_n
+    q = load_queries(q_row, alive, depth, BD)
+    if not TMA:
+        k_p += b64 * k_b + hk.to(tl.int64) * k_h
+        v_p += b64 * v_b + hk.to(tl.int64) * v_h
+    row_id = (b64 * heads + h) * queries + query
+    if MASK == "none":
+        stop = keys
+        whole = keys
+        if CAUSAL:
+            stop = tl.minimum(keys, tl.max(tl.where(alive, query, 0), 0) + 1)
+            whole = tl.minimum(keys, tl.min(query, 0) + 1)
+        split_pass(
+            split, 0, whole, stop, alive, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, query, query, mask_k,
+            part_ptr, stats_ptr, num_rows, row_id, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA,
+            STAGES, DTYPE, E1, S1, E2, S2, S3,
+        )  # fmt: skip
+    else:
+        mask_row = mask_ptr + b64 * mask_b + h.to(tl.int64) * mask_h + query.to(tl.int64) * mask_q
+        info = b64 * info_b + h.to(tl.int64) * info_h + query
+        first = tl.load(first_ptr + info, mask=alive, other=keys)
+        hole = tl.load(hole_ptr + info, mask=alive, other=keys)
+        last = tl.load(last_ptr + info, mask=alive, other=0)
+        anchor = tl.min(first, 0)
+        while anchor < keys:
+            rows = alive & (first == anchor)
+            stop = tl.max(tl.where(rows, last, 0), 0)
+            whole = tl.min(tl.where(rows, hole, keys), 0)
+            split_pass(
+                split, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row,
+                query, mask_k, part_ptr, stats_ptr, num_rows, row_id, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK,
+                CAUSAL, HIDDEN, TMA, STAGES, DTYPE, E1, S1, E2, S2, S3,
+            )  # fmt: skip
+            anchor = tl.min(tl.where(first > anchor, first, keys), 0)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "num_rows"])
+def merge_kernel(
+    part_ptr, stats_ptr, first_ptr, last_ptr, out_ptr, lse_ptr,
+    queries, keys, heads, num_rows, info_b, info_h, value_depth,
+    BDV: tl.constexpr, AHEAD: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, DTYPE: tl.constexpr,
+    E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits of one row in ascending order.  Grid: (batch * heads * queries,)."""
+    row_id = tl.program_id(0).to(tl.int64)
+    query = (row_id % queries).to(tl.int32)
+    bh = row_id // queries
+    b = bh // heads
+    h = bh % heads
+    if MASK == "none":
+        seen = keys
+        if CAUSAL:
+            seen = tl.minimum(keys, query + 1)
+    else:
+        info = b * info_b + h * info_h + query
+        seen = tl.maximum(tl.load(last_ptr + info) - tl.load(first_ptr + info), 0)
+    count = splits_in(seen, E1, S1, E2, S2, S3)
+    cols = tl.arange(0, BDV)
+    inside = cols < value_depth
+    M = tl.full([1], float("-inf"), DTYPE)
+    W = tl.zeros([1], DTYPE)
+    Y = tl.zeros([1, BDV], DTYPE)
+    for start in range(0, count, AHEAD):
+        parts = ()
+        for j in tl.static_range(AHEAD):  # the loads of several splits are in flight together
+            at = (start + j) * tl.cast(num_rows, tl.int64) + row_id
+            there = start + j < count
+            m = tl.load(stats_ptr + at * 2, mask=there, other=float("-inf"))
+            w = tl.load(stats_ptr + at * 2 + 1, mask=there, other=0.0)
+            acc = tl.load(part_ptr + at * value_depth + cols, mask=inside & there, other=0.0)
+            parts = parts + ((m, w, acc),)
+        for j in tl.static_range(AHEAD):
+            m = tl.full([1], 0.0, DTYPE) + parts[j][0]
+            w = tl.full([1], 0.0, DTYPE) + parts[j][1]
+            M, W, Y = merge(M, W, Y, m, w, parts[j][2][None, :])
+    one = tl.arange(0, 1)
+    out_row = out_ptr + ((b * queries + query) * heads + h) * value_depth + one
+    lse_row = lse_ptr + row_id + one
+    some = one + seen > 0
+    store_nothing(out_row, lse_row, 1, BDV, value_depth, some == 0, DTYPE)
+    store_rows(M, W, Y, out_row, lse_row, BDV, value_depth, some)
+
+
+# -- Where each row's keys begin and end ------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "mask_heads"])
+def rows_kernel(
+    mask_ptr, first_ptr, hole_ptr, last_ptr, queries, keys, mask_heads, mask_b, mask_h, mask_q, mask_k,
+    ROWS: tl.constexpr, COLS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """For each row of the mask: the first key it sees (``keys`` if none), the first it does not see after that, and one
+    past the last it sees.  Grid: (tiles of rows, batches * heads of the mask)."""
+    bh = tl.program_id(1).to(tl.int64)
+    query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    alive = query < queries
+    row = mask_ptr + (bh // mask_heads) * mask_b + (bh % mask_heads) * mask_h + query.to(tl.int64) * mask_q
+    first = tl.zeros([ROWS], tl.int32) + keys
+    hole = tl.zeros([ROWS], tl.int32) + keys
+    last = tl.zeros([ROWS], tl.int32)
+    stop = keys
+    if CAUSAL:
+        stop = tl.minimum(keys, tl.program_id(0) * ROWS + ROWS)
+    for start in range(0, stop, COLS):
+        key = start + tl.arange(0, COLS)
+        inside = (key < keys)[None, :] & alive[:, None]
+        if CAUSAL:
+            inside = inside & (key[None, :] <= query[:, None])
+        at = row[:, None] + key[None, :].to(tl.int64) * mask_k
+        if MASK == "bool":
+            seen = inside & (tl.load(at, mask=inside, other=0) != 0)
+        else:
+            seen = inside & ((tl.load(at, mask=inside, other=0.0) <= HIDDEN) == 0)
+        index = tl.zeros([ROWS, COLS], tl.int32) + key[None, :]
+        first = tl.minimum(first, tl.min(tl.where(seen, index, keys), 1))
+        last = tl.maximum(last, tl.max(tl.where(seen, index + 1, 0), 1))
+        unseen = (seen == 0) & (index > first[:, None])
+        hole = tl.minimum(hole, tl.min(tl.where(unseen, index, keys), 1))
+    if CAUSAL:
+        hole = tl.minimum(hole, query + 1)
+    at = bh * queries + query
+    tl.store(first_ptr + at, first, mask=alive)
+    tl.store(hole_ptr + at, tl.minimum(hole, keys), mask=alive)
+    tl.store(last_ptr + at, last, mask=alive)

@@ -1,0 +1,170 @@
+"""What forward and backward share on the GPU: a checked problem, the rows of its mask, and launching."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bicompile.lowering.gpu.launch import INTERPRETED
+
+from .kernels import rows_kernel
+from .order import HIDDEN_BELOW, GpuAttentionOrder, gpu_order_for
+
+_LOG2E = 1.4426950408889634
+_COMPILED: dict[Any, Any] = {}
+TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.float32,
+    torch.float16: tl.float32,
+}
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], tensors: tuple[Any, ...], loose: tuple[Any, ...], strides: tuple[int, ...],
+    constants: tuple[Any, ...], warps: int, stages: int, **options: Any,
+) -> None:  # fmt: skip
+    """Launch ``kernel`` on the current device and stream.
+
+    Triton's own launcher looks at every argument; a binary is found here by what it was specialised on.  ``loose`` are
+    the arguments that it is not specialised on.
+    """
+    if INTERPRETED:
+        kernel[grid](*tensors, *loose, *strides, *constants)
+        return
+    grid = (*grid, 1, 1)[:3]
+    device = torch._C._cuda_getDevice()
+    key = (
+        kernel, device, warps, stages, constants,
+        tuple([t.data_ptr() % 16 == 0 if isinstance(t, Tensor) else tuple(t.block_shape) for t in tensors]),
+        tuple([t.dtype if isinstance(t, Tensor) else t.base.dtype for t in tensors]),
+        tuple([(s == 1, s % 16 == 0, s < 2**31) for s in strides]),
+    )  # fmt: skip
+    compiled = _COMPILED.get(key)
+    if compiled is None:
+        options |= {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+        _COMPILED[key] = kernel[grid](*tensors, *loose, *strides, *constants, **options)
+        return
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    compiled[grid](*tensors, *loose, *strides, *constants, stream=stream)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One call, checked: four dims, dense last dims, a mask with a stride of 0 where it is broadcast."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
+
+    @property
+    def order(self) -> GpuAttentionOrder:
+        return gpu_order_for(max(self.q.shape[3], self.v.shape[3]), self.q.dtype)
+
+    @property
+    def kind(self) -> str:
+        """How the kernels name the mask."""
+        if self.mask is None:
+            return "none"
+        return "bool" if self.mask.dtype in (torch.bool, torch.uint8) else "additive"
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """The factor of the scores in the log2 domain, as the sum of two float32."""
+        return two_parts(self.scale * _LOG2E)
+
+    @property
+    def hidden(self) -> float:
+        """An additive mask hides the key from here down."""
+        return HIDDEN_BELOW[self.mask.dtype] if self.mask is not None and self.kind == "additive" else 0.0
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Depths of keys and values as the kernels hold them."""
+        return padded(self.q.shape[3]), padded(self.v.shape[3])
+
+    def tail(self, tma: bool, stages: int) -> tuple[Any, ...]:
+        """The constants that the forward kernels end with."""
+        q, v, order = self.q, self.v, self.order
+        (e1, s1), (e2, s2), s3 = order.splits
+        width, value_width = self.widths
+        return (
+            order.block, width, value_width, width == q.shape[3], value_width == v.shape[3], order.lanes, self.kind,
+            self.causal, self.hidden, tma, stages, TYPES[q.dtype], e1, s1, e2, s2, s3,
+        )  # fmt: skip
+
+
+def two_parts(x: float) -> tuple[float, float]:
+    """``x`` as the sum of two float32, which is what a kernel takes."""
+    high = torch.tensor(x, dtype=torch.float32).item()
+    return high, x - high
+
+
+def padded(depth: int) -> int:
+    """The width of a tile that holds ``depth`` columns."""
+    return max(16, triton.next_power_of_2(depth))
+
+
+def problem_of(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Problem:
+    """Check what the fake kernel does not, and bring the inputs into the form that the kernels take."""
+    if k.shape[1] == 0 and q.shape[1] or k.shape[1] and q.shape[1] % k.shape[1]:
+        raise ValueError(f"bicompile::{op}: {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
+    if max(q.shape[3], v.shape[3]) > 256:
+        raise ValueError(
+            f"bicompile::{op}: heads of depth {q.shape[3]} and {v.shape[3]}; the GPU kernels take up to 256"
+        )
+    if scale <= 0.0:  # the kernels take the maximum before they multiply
+        q, scale = (torch.zeros_like(q), 1.0) if scale == 0.0 else (-q, -scale)
+    q, k, v = (t if t.stride(3) == 1 or t.shape[3] <= 1 else t.contiguous() for t in (q, k, v))
+    if mask is not None:
+        full = (*q.shape[:3], k.shape[2])
+        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+        mask = mask[(None,) * (4 - mask.dim())]
+        sizes = zip(mask.shape, full, strict=True)
+        if any(size not in (1, wanted) for size, wanted in sizes):
+            raise ValueError(
+                f"bicompile::{op}: expected a mask that broadcasts to [batch, heads, queries, keys] = {full}, got "
+                f"{tuple(mask.shape)}"
+            )
+    return Problem(q, k, v, mask, causal, scale)
+
+
+def mask_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
+    """Strides of the mask, 0 where it is broadcast."""
+    if mask is None:
+        return 0, 0, 0, 0
+    b, h, q, k = (s if n != 1 else 0 for s, n in zip(mask.stride(), mask.shape, strict=True))
+    return b, h, q, k
+
+
+@dataclass(frozen=True)
+class RowInfo:
+    """Where each row's keys begin, have their first gap, and end; [mask batch, mask heads, queries] of int32."""
+
+    first: Tensor
+    hole: Tensor
+    last: Tensor
+    strides: tuple[int, int]
+
+
+def row_info(p: Problem) -> RowInfo:
+    """Read the mask once; without one, three tensors that no kernel reads."""
+    queries, keys = p.q.shape[2], p.k.shape[2]
+    if p.mask is None:
+        return RowInfo(p.q, p.q, p.q, (0, 0))
+    batch, heads = p.mask.shape[:2]
+    first, hole, last = torch.empty((3, batch, heads, queries), dtype=torch.int32, device=p.q.device).unbind(0)
+    rows, cols = (1, 1024) if queries < 64 else (4, 512)
+    launch(
+        rows_kernel, (triton.cdiv(queries, rows), batch * heads), (p.mask, first, hole, last), (queries, keys, heads),
+        mask_strides(p.mask), (rows, cols, p.kind, p.causal, p.hidden), 4, 1,
+    )  # fmt: skip
+    return RowInfo(first, hole, last, (heads * queries if batch > 1 else 0, queries if heads > 1 else 0))

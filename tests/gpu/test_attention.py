@@ -1,0 +1,368 @@
+"""Attention on a GPU: a row's bits depend on the row and the keys that it sees, whatever the schedule."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bicompile.lowering.attention import admitted, gpu, gpu_backward
+from bicompile.lowering.attention.op import scaled_dot_product_attention
+from bicompile.lowering.attention.problem import problem_of
+from bicompile.lowering.attention.schedule import (
+    REFERENCE,
+    REFERENCE_BACKWARD,
+    BackwardSchedule,
+    SplitSchedule,
+    TileSchedule,
+)
+from bicompile.testing import same_bits
+
+ops = torch.ops.bicompile
+KINDS = [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 40)]
+every_kind = pytest.mark.parametrize(("dtype", "depth"), KINDS, ids=str)
+SCALE = 0.1
+
+
+def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    """Values over many binades, so that the order of additions shows."""
+    g = torch.Generator(device="cuda").manual_seed(seed)
+    x = torch.randn(shape, generator=g, device="cuda")
+    return (x * torch.exp(torch.randn(shape, generator=g, device="cuda"))).to(dtype)
+
+
+def inputs(
+    dtype: torch.dtype, depth: int, *, batch: int = 2, heads: int = 8, kv_heads: int = 2, queries: int = 700,
+    keys: int = 700, seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    shapes = ((queries, heads), (keys, kv_heads), (keys, kv_heads))
+    q, k, v = (values((batch, *shape, depth), dtype, seed + i).transpose(1, 2) for i, shape in enumerate(shapes))
+    return q, k, v
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> tuple[Tensor, Tensor]:
+    out, lse = ops.sdpa(q, k, v, mask, causal, SCALE)
+    return out, lse
+
+
+def gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv and, for a floating-point mask, dmask."""
+    out, lse = sdpa(q, k, v, mask, causal=causal)
+    wanted = mask is not None and mask.dtype != torch.bool
+    found = ops.sdpa_backward(grad, q, k, v, mask, out, lse, causal, SCALE, wanted)
+    return tuple(found if wanted else found[:3])
+
+
+def causal_mask(queries: int, keys: int) -> Tensor:
+    """Queries are the last ones of ``keys``."""
+    return torch.ones(queries, keys, dtype=torch.bool, device="cuda").tril(keys - queries)
+
+
+def pad(t: Tensor, left: int, right: int, value: float) -> Tensor:
+    return F.pad(t, (0, 0, left, right), value=value)
+
+
+def _prepare(case: tuple[torch.dtype, int, str, bool]) -> None:
+    """Compile and admit what the tests of one kind of problem need; runs in a process of its own."""
+    dtype, depth, mask, backward = case
+    q, k, v = inputs(dtype, depth)
+    grad = torch.ones_like(q)
+    seen = causal_mask(700, 700) if mask == "bool" else None
+    if mask == "additive":
+        seen = torch.zeros(700, 700, dtype=dtype, device="cuda")
+    for causal in (False, True) if mask == "none" else (False,):
+        if backward:
+            gradients(grad, q, k, v, seen, causal=causal)
+        else:
+            for queries in (1, 8, 16, 700):
+                rows = seen[-queries:] if seen is not None else None
+                sdpa(q[:, :, -queries:], k, v, rows, causal=causal)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """Compile in parallel what would otherwise be compiled one by one."""
+    cases = [(*kind, mask, backward) for kind in KINDS for mask in ("none", "bool") for backward in (False, True)]
+    cases += [(*kind, "additive", False) for kind in KINDS]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(12, context) as pool:
+        list(pool.map(_prepare, cases))
+
+
+# --- schedules -------------------------------------------------------------------------------------------------------
+
+
+def test_schedules_are_admitted():
+    """Each was compared with the reference when the cases were compiled; only the named ones may be missing."""
+    sdpa(*inputs(torch.bfloat16, 128))
+    verdicts = admitted.ADMISSION.verdicts(torch.cuda.current_device())
+    assert verdicts
+    dropped = [verdict for verdict in verdicts if not verdict.admitted]
+    assert not dropped, dropped
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_and_splits_have_the_same_bits(causal: bool):
+    """Traps 6 and 8, over splits of every size."""
+    q, k, v = inputs(torch.bfloat16, 128, batch=1, heads=2, kv_heads=1, queries=70, keys=18000)
+    p = problem_of("sdpa", q, k, v, None, causal, SCALE)
+    expected = gpu.run(p, REFERENCE)
+    for schedule in (TileSchedule(64, 4, 1), SplitSchedule(16, 4, 1), SplitSchedule(64, 4, 2)):
+        assert same_bits(gpu.run(p, schedule), expected)
+
+
+def test_another_order_has_other_bits():
+    """Control: with a grid of keys that starts elsewhere, these values show it."""
+    q, k, v = inputs(torch.bfloat16, 128, queries=1)
+    additive = torch.zeros(1, 707, device="cuda").index_fill(1, torch.arange(7, device="cuda"), -1e4)
+    moved = (F.pad(t, (0, 0, 7, 0)) for t in (k, v))
+    assert not same_bits(sdpa(q, *moved, additive)[0], sdpa(q, k, v)[0])
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_row_of_the_batch_has_same_bits_among_any_others(dtype: torch.dtype, depth: int):
+    q, k, v = inputs(dtype, depth, batch=5, queries=100, keys=700)
+    mask = torch.rand(5, 1, 100, 700, device="cuda", generator=torch.Generator("cuda").manual_seed(1)) < 0.8
+    grad = values(tuple(q.shape), dtype, 9)
+    for tensors in ((grad, q, k, v, mask), (grad, q, k, v)):
+
+        def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return *sdpa(*tensors[1:]), *gradients(*tensors)
+
+        whole = run(*tensors)
+        order = [3, 0, 4, 1, 2]
+        permuted = run(*(t[order] for t in tensors))
+        for row in (0, 3):
+            alone = run(*(t[row : row + 1] for t in tensors))
+            poisoned = [torch.full_like(t, math.nan) if t.is_floating_point() else t.clone() for t in tensors]
+            for p, t in zip(poisoned, tensors, strict=True):
+                p[row] = t[row]
+            among = run(*poisoned)
+            for i, expected in enumerate(whole):
+                assert same_bits(alone[i][0], expected[row])
+                assert same_bits(among[i][row], expected[row])
+        for ours, expected in zip(permuted, whole, strict=True):
+            assert same_bits(ours, expected[order])
+        assert same_bits(run(*tensors), whole)
+
+
+@every_kind
+def test_layout_does_not_show(dtype: torch.dtype, depth: int):
+    """Traps 13 and 14: odd offsets, padded rows, strides of zero, columns apart."""
+    q, k, v = inputs(dtype, depth, queries=150, keys=150)
+    grad = values(tuple(q.shape), dtype, 3)
+    expected = sdpa(q, k, v, causal=True), gradients(grad, q, k, v, causal=True)
+
+    def odd(t: Tensor) -> Tensor:
+        wide = torch.empty((*t.shape[:3], depth + 3), dtype=dtype, device="cuda")[..., 1 : depth + 1]
+        return wide.copy_(t)
+
+    def apart(t: Tensor) -> Tensor:
+        return t.transpose(2, 3).contiguous().transpose(2, 3)
+
+    layouts: list[Callable[[Tensor], Tensor]] = [odd, apart, torch.Tensor.contiguous]
+    for layout in layouts:
+        moved = [layout(t) for t in (grad, q, k, v)]
+        assert same_bits((sdpa(*moved[1:], causal=True), gradients(*moved, causal=True)), expected)
+    one = k[:1, :1].expand_as(k), v[:1, :1].expand_as(v)
+    assert same_bits(sdpa(q, *one), sdpa(q, *(t.contiguous() for t in one)))
+    out, _ = sdpa(q, k, v)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+# --- sequences -------------------------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_prefill_chunks_and_decode_have_same_bits(dtype: torch.dtype, depth: int):
+    """Trap 7, and M = 1 equal to M = k + 1."""
+    length = 1300
+    q, k, v = inputs(dtype, depth, queries=length, keys=length)
+    whole = sdpa(q, k, v, causal=True)
+    assert same_bits(sdpa(q, k, v, causal_mask(length, length)), whole)
+    additive = torch.zeros(length, length, dtype=dtype, device="cuda")
+    assert same_bits(sdpa(q, k, v, additive.masked_fill(~causal_mask(length, length), -math.inf)), whole)
+    for start, stop in ((0, 1), (0, 100), (100, 101), (101, 290), (511, 516), (640, 705), (1295, 1300), (1299, 1300)):
+        chunk = sdpa(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], causal_mask(stop - start, stop))
+        assert same_bits(chunk, tuple(t[:, :, start:stop] for t in whole))
+    for i in (0, 127, 128, 511, 512, 1299):
+        one = sdpa(q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1])
+        assert same_bits(one, tuple(t[:, :, i : i + 1] for t in whole))
+    assert same_bits(sdpa(q[:, :, :1], k, v, causal=True)[0], whole[0][:, :, :1])  # upper-left: the first key only
+
+
+@every_kind
+@pytest.mark.parametrize("padding", [1, 3, 64, 70])
+def test_left_padding_does_not_show(dtype: torch.dtype, depth: int, padding: int):
+    """Trap 18: whatever padded queries see, and whatever padded keys hold; forward and backward."""
+    length = 600
+    q, k, v = inputs(dtype, depth, batch=1, queries=length, keys=length)
+    grad = values(tuple(q.shape), dtype, 3)
+    expected = sdpa(q, k, v, causal=True)
+    expected_gradients = gradients(grad, q, k, v, causal=True)
+    mask = causal_mask(length + padding, length + padding)
+    mask[:, :padding] = False
+    moved = [pad(grad, padding, 0, 1.0), pad(q, padding, 0, math.nan), pad(k, padding, 0, math.nan)]
+    moved.append(pad(v, padding, 0, math.inf))
+    out, lse = sdpa(*moved[1:], mask)
+    assert same_bits((out[:, :, padding:], lse[:, :, padding:]), expected)
+    assert not out[:, :, :padding].any()
+    found = gradients(*moved, mask)
+    assert same_bits(tuple(t[:, :, padding:] for t in found), expected_gradients)
+    assert not any(t[:, :, :padding].any() for t in found)
+    assert same_bits(sdpa(q[:, :, -1:], *moved[2:], mask[-1:])[0], expected[0][:, :, -1:])
+    for value in (-math.inf, torch.finfo(dtype).min):
+        additive = torch.zeros(mask.shape, dtype=dtype, device="cuda").masked_fill(~mask, value)
+        assert same_bits(sdpa(*moved[1:], additive)[0][:, :, padding:], expected[0])
+    selfish = mask | torch.eye(length + padding, dtype=torch.bool, device="cuda")
+    selfish[:padding] |= causal_mask(length + padding, length + padding)[:padding]
+    finite = [torch.nan_to_num(t, nan=1.0, posinf=1.0) for t in moved[1:]]
+    assert same_bits(sdpa(*finite, selfish)[0][:, :, padding:], expected[0])
+
+
+@every_kind
+@pytest.mark.parametrize("unused", [1, 50, 5000])
+def test_unused_cache_slots_do_not_show(dtype: torch.dtype, depth: int, unused: int):
+    q, k, v = inputs(dtype, depth, queries=3, keys=600)
+    mask = torch.arange(600 + unused, device="cuda") < 600
+    cache = pad(k, 0, unused, math.nan), pad(v, 0, unused, math.inf)
+    assert same_bits(sdpa(q, *cache, mask), sdpa(q, k, v))
+    grad = values(tuple(q.shape), dtype, 3)
+    dq, dk, dv = gradients(grad, q, *cache, mask)
+    assert same_bits((dq, dk[:, :, :600], dv[:, :, :600]), gradients(grad, q, k, v))
+    assert not dk[:, :, 600:].any() and not dv[:, :, 600:].any()
+
+
+def test_packed_documents_are_attention_to_each_alone():
+    q, k, v = inputs(torch.bfloat16, 128, queries=500, keys=500)
+    starts = torch.zeros(500, dtype=torch.int64, device="cuda")
+    starts[[77, 300]] = 1
+    document = starts.cumsum(0)
+    mask = causal_mask(500, 500) & (document[:, None] == document[None, :])
+    out, _ = sdpa(q, k, v, mask)
+    for own in (slice(0, 77), slice(77, 300), slice(300, 500)):
+        alone, _ = sdpa(q[:, :, own], k[:, :, own], v[:, :, own], causal=True)
+        assert same_bits(alone, out[:, :, own])
+
+
+def test_sliding_window_is_attention_to_the_keys_in_the_window():
+    length, window = 330, 250
+    q, k, v = inputs(torch.bfloat16, 128, queries=length, keys=length)
+    out, _ = sdpa(q, k, v, causal_mask(length, length).triu(1 - window))
+    for i in (0, 100, 249, 250, 329):
+        seen = slice(max(0, i + 1 - window), i + 1)
+        alone, _ = sdpa(q[:, :, i : i + 1], k[:, :, seen], v[:, :, seen])
+        assert same_bits(alone, out[:, :, i : i + 1])
+
+
+@every_kind
+def test_grouped_heads_have_the_bits_of_repeated_keys(dtype: torch.dtype, depth: int):
+    for queries in (1, 300):
+        q, k, v = inputs(dtype, depth, queries=queries)
+        assert same_bits(sdpa(q, k, v), sdpa(q, k.repeat_interleave(4, 1), v.repeat_interleave(4, 1)))
+
+
+# --- masked rows, NaN and Inf ----------------------------------------------------------------------------------------
+
+
+@every_kind
+def test_value_that_is_not_finite_reaches_only_the_rows_that_see_it(dtype: torch.dtype, depth: int):
+    q, k, v = inputs(dtype, depth, queries=300, keys=300)
+    clean = sdpa(q, k, v, causal=True)
+    v[:, :, 170, 3] = math.nan
+    v[:, :, 171, 4] = math.inf
+    k[:, :, 250] = math.nan
+    out, lse = sdpa(q, k, v, causal=True)
+    assert same_bits((out[:, :, :170], lse[:, :, :250]), (clean[0][:, :, :170], clean[1][:, :, :250]))
+    assert out[:, :, 170:, 3].isnan().all() and out[:, :, 171:, 4].isnan().all() and out[:, :, 250:].isnan().all()
+    assert same_bits(out[:, :, 170:250, 5:], clean[0][:, :, 170:250, 5:])
+
+
+@every_kind
+def test_row_that_sees_no_key_is_zero(dtype: torch.dtype, depth: int):
+    """Trap 19."""
+    q, k, v = inputs(dtype, depth, queries=4, keys=30)
+    mask = torch.ones(4, 30, dtype=torch.bool, device="cuda")
+    mask[1] = False
+    out, lse = sdpa(q, k, v, mask)
+    assert not out[:, :, 1].any() and not out.isnan().any() and (lse[:, :, 1] == -math.inf).all()
+    found = gradients(torch.ones_like(q), q, k, v, mask)
+    assert not found[0][:, :, 1].any() and not any(t.isnan().any() for t in found)
+    empty = sdpa(q, k[:, :, :0], v[:, :, :0])
+    assert not empty[0].any() and (empty[1] == -math.inf).all()
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+CASES = [
+    (torch.bfloat16, 128, 128), (torch.bfloat16, 80, 80), (torch.bfloat16, 256, 256), (torch.float16, 64, 64),
+    (torch.float16, 17, 5), (torch.float32, 40, 40), (torch.float32, 128, 96), (torch.float64, 64, 64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "depth", "value_depth"), CASES, ids=str)
+def test_error_is_not_much_above_that_of_torch(dtype: torch.dtype, depth: int, value_depth: int):
+    g = torch.Generator("cuda").manual_seed(0)
+    shapes = ((2, 6, 260, depth), (2, 2, 260, depth), (2, 2, 260, value_depth), (2, 6, 260, value_depth))
+    q, k, v, grad = (torch.randn(shape, generator=g, device="cuda").to(dtype) for shape in shapes)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def stock(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    def run(function: Callable[..., Tensor], wide: torch.dtype) -> Iterator[Tensor]:
+        leaves = [t.to(wide).requires_grad_() for t in (q, k, v)]
+        out = function(*leaves)
+        yield out.detach()
+        yield from torch.autograd.grad(out, leaves, grad.to(wide))
+
+    floor = 16 * torch.finfo(torch.float64).eps
+    for mine, theirs, truth in zip(run(ours, dtype), run(stock, dtype), run(stock, torch.float64), strict=True):
+        error = [((x.double() - truth).norm() / truth.norm()).item() for x in (theirs, mine)]
+        assert error[1] <= 2 * error[0] + floor
+
+
+@pytest.mark.parametrize("shape", [(90, 130), (2, 1, 1, 130), (6, 90, 1), (2, 6, 90, 130)])
+def test_gradient_of_the_mask_is_that_of_torch(shape: tuple[int, ...]):
+    q, k, v = (torch.randn(2, h, n, 32, device="cuda") for h, n in ((6, 90), (2, 130), (2, 130)))
+    mask = torch.randn(shape, device="cuda")
+    leaves = [t.double().requires_grad_() for t in (q, k, v, mask)]
+    out = F.scaled_dot_product_attention(*leaves, scale=SCALE, enable_gqa=True)
+    grad = torch.randn_like(q)
+    wanted = torch.autograd.grad(out, leaves, grad.double())
+    for ours, exact in zip(gradients(grad, q, k, v, mask), wanted, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+
+
+def test_backward_schedules_have_the_same_bits():
+    q, k, v = inputs(torch.bfloat16, 128, queries=300, keys=500)
+    p = problem_of("sdpa", q, k, v, None, False, SCALE)
+    out, lse = gpu.run(p, REFERENCE)
+    found = [
+        gpu_backward.run_backward(p, out, out, lse, SCALE, False, schedule)[:3]
+        for schedule in (REFERENCE_BACKWARD, BackwardSchedule(64, 64, 32, 4, 2))
+    ]
+    assert same_bits(found[1], found[0])
+
+
+def test_a_graph_captures_it():
+    q, k, v = inputs(torch.bfloat16, 128, queries=1)
+    expected = sdpa(q, k, v)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = sdpa(q, k, v)
+    graph.replay()
+    assert same_bits(captured, expected)

@@ -62,31 +62,34 @@ def require_rows(device: torch.device) -> None:
 
 
 def _cases(device: torch.device) -> Iterator[tuple[Callable[[], Tensor], Callable[[], Tensor]]]:
-    """Kernel and reference of each case; lengths cross a section and leave a ragged tail."""
+    """Kernel and reference of each case: every way to walk, few kernels, since each has to be compiled.
+
+    Lengths cross a section and leave a ragged tail.
+    """
     from bicompile.lowering.reduction import gpu, gpu_statistics, reference
 
     generator = torch.Generator().manual_seed(0)
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        for shape in ((3, 577), (300, 40), (2, 20000)):
-            scale = torch.exp2(torch.randint(-6, 7, shape, generator=generator, device="cpu").double())
-            x = (torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * scale).to(dtype)
-            for known, ours in ((x, x.to(device)), (x.T, x.to(device).T)):
-                dims = [1] if known is x else [0]
-                for name in ("sum", "mean_square"):
-                    theirs: Any = getattr(reference, name)
-                    yield (
-                        functools.partial(gpu.reduce, name, ours, dims, False, dtype),
-                        functools.partial(theirs, known, dims, False, dtype, reference.gpu_fold),
-                    )
-                yield (
-                    functools.partial(_first, gpu_statistics.var, ours, dims, 1.0, False, True),
-                    functools.partial(_first, reference.var, known, dims, 1.0, False, True, reference.gpu_moments),
-                )
-        wide = x.T.contiguous()
+
+    def draw(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        scale = torch.exp2(torch.randint(-6, 7, shape, generator=generator, device="cpu").double())
+        return (torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * scale).to(dtype)
+
+    for name, shape, dim, dtype in (
+        ("sum", (2, 20_000), 1, torch.float32),
+        ("sum", (9_000, 3), 0, torch.float32),
+        ("mean_square", (300, 40), 1, torch.bfloat16),
+    ):
+        x = draw(shape, dtype)
+        known: Any = getattr(reference, name)
         yield (
-            functools.partial(gpu.reduce, "sum", wide.to(device), [0], False, dtype),
-            functools.partial(reference.sum, wide, [0], False, dtype, reference.gpu_fold),
+            functools.partial(gpu.reduce, name, x.to(device), [dim], False, dtype),
+            functools.partial(known, x, [dim], False, dtype, reference.gpu_fold),
         )
+    x = draw((3, 577), torch.float32)
+    yield (
+        functools.partial(_first, gpu_statistics.var, x.to(device), [1], 1.0, False, True),
+        functools.partial(_first, reference.var, x, [1], 1.0, False, True, reference.gpu_moments),
+    )
 
 
 def _first(op: Callable[..., Any], *arguments: Any) -> Tensor:

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bicompile.lowering.gpu.grouping import flat_rows, in_groups, rows_in_cache
 from bicompile.lowering.gpu.launch import Launch, key_of, on_device, planned
 from bicompile.lowering.gpu.rows import (
     Cut,
@@ -45,9 +46,8 @@ def load_parameter(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     CHUNKS: tl.constexpr,
-    COMPUTE: tl.constexpr,
 ):
-    """The parameter of each element of one section of ROWS rows, a tuple of [1 or ROWS, LANES].
+    """The parameter of each element of one section of ROWS rows, a tuple of [1 or ROWS, LANES], in its own dtype.
 
     BY ``element``, number ``k`` of a row has parameter ``k``; by ``channel``, each group of ``channels`` channels is a
     row, and a channel has ``inner`` elements.  ``rows`` are then numbers of groups.
@@ -61,7 +61,7 @@ def load_parameter(
         else:
             k = (rows * channels)[:, None] + ((start + at) // inner)[None, :]
             inside = inside & (rows >= 0)[:, None]
-        ws = ws + (tl.load(ptr + k, mask=inside, other=0.0).to(COMPUTE),)
+        ws = ws + (tl.load(ptr + k, mask=inside, other=0.0),)
     return ws
 
 
@@ -104,6 +104,12 @@ def _norm_kernel(
     left = tl.minimum(n - start, LANES * CHUNKS).to(tl.int32)
     p = x_ptr + row_offsets(rows, row_size, row_stride, row_step, TWO_ROWS) + start
     xs = load_section(p, rows, num_rows, left, 0.0, ROWS, LANES, CHUNKS, WHOLE, COMPUTE)
+    group = rows % groups
+    # Asked for before the statistics are known: they arrive meanwhile.
+    if weight_ptr is not None:
+        ws = load_parameter(weight_ptr, group, start, left, channels, inner, BY, ROWS, LANES, CHUNKS)
+    if bias_ptr is not None:
+        bs = load_parameter(bias_ptr, group, start, left, channels, inner, BY, ROWS, LANES, CHUNKS)
     if WHOLE:
         mean = finish(fold_chunks(xs, "add", ROWS, LANES), n, "mean", 0.0)
         m2 = fold_chunks(squares_of(xs, mean, rows, num_rows, left, ROWS, LANES), "add", ROWS, LANES)
@@ -115,16 +121,14 @@ def _norm_kernel(
     for j in tl.static_range(CHUNKS):
         ys = ys + ((xs[j] - mean[:, None]) * rstd[:, None],)
     if weight_ptr is not None:
-        ws = load_parameter(weight_ptr, rows % groups, start, left, channels, inner, BY, ROWS, LANES, CHUNKS, COMPUTE)
         scaled = ()
         for j in tl.static_range(CHUNKS):
-            scaled = scaled + (ys[j] * ws[j],)
+            scaled = scaled + (ys[j] * ws[j].to(COMPUTE),)
         ys = scaled
     if bias_ptr is not None:
-        bs = load_parameter(bias_ptr, rows % groups, start, left, channels, inner, BY, ROWS, LANES, CHUNKS, COMPUTE)
         moved = ()
         for j in tl.static_range(CHUNKS):
-            moved = moved + (ys[j] + bs[j],)
+            moved = moved + (ys[j] + bs[j].to(COMPUTE),)
         ys = moved
     store_section(out_ptr + rows * n + start, ys, rows, num_rows, left, ROWS, LANES, CHUNKS, WHOLE)
     here = (rows < num_rows) & (section == 0)
@@ -163,11 +167,32 @@ def rows_of(x: Tensor) -> Rows | None:
     return Rows(walk, Level(x.shape[-1], 1, 0, 1, False), x.device)
 
 
+Outputs = tuple[Tensor, Tensor, Tensor]
+
+
 def plan_norm(
-    at: Rows, compute: torch.dtype, parameters: Parameters, eps: float
-) -> Callable[[Tensor, Tensor | None, Tensor | None, tuple[Tensor, Tensor, Tensor]], None]:
-    """A step that normalises rows; the results are y, mean and rstd."""
+    at: Rows, x: Tensor, compute: torch.dtype, parameters: Parameters, eps: float
+) -> Callable[[Tensor, Tensor | None, Tensor | None, Outputs], None]:
+    """A step that normalises rows like those of ``x``; the results are y, mean and rstd."""
     require_rows(at.device)
+    n, rows = at.cols.count, at.rows.count
+    # Taken at a time, rows must start with the parameters that the first row has.
+    group = rows_in_cache(n * x.element_size(), at.device, parameters.groups)
+    if at.rows.two or rows <= group or Cut.of(n, compute).whole:
+        step = _norm_step(at, compute, parameters, eps)
+        return lambda x, weight, bias, out: step((x, *out), weight, bias)
+    grouped = in_groups(rows, group, lambda count: _norm_step(at.first(count), compute, parameters, eps))
+
+    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None, out: Outputs) -> None:
+        y, mean, rstd = out
+        grouped((flat_rows(x, at.rows), y.view(-1, n), mean.view(-1), rstd.view(-1)), weight, bias)
+
+    return run
+
+
+def _norm_step(
+    at: Rows, compute: torch.dtype, parameters: Parameters, eps: float
+) -> Callable[[tuple[Tensor, Tensor, Tensor, Tensor], Tensor | None, Tensor | None], None]:
     cut, rows, index = Cut.of(at.cols.count, compute), at.rows.count, at.device.index
     statistics, parts = (None, 1) if cut.whole else moments(at, compute, None)
     size = cut.lanes * cut.chunks * triton.cdiv(cut.sections, parts)
@@ -183,7 +208,8 @@ def plan_norm(
         chosen.warps,
     )
 
-    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None, out: tuple[Tensor, Tensor, Tensor]) -> None:
+    def run(by_row: tuple[Tensor, Tensor, Tensor, Tensor], weight: Tensor | None, bias: Tensor | None) -> None:
+        x, *out = by_row
         sums, m2 = (None, None) if statistics is None else statistics(x)
         launch(index, x, sums, m2, weight, bias, *out)
 
@@ -212,7 +238,7 @@ def _norm(
     def build() -> Callable[..., None]:
         at = rows_of(x)
         assert at is not None
-        return plan_norm(at, compute, parameters, eps)
+        return plan_norm(at, x, compute, parameters, eps)
 
     planned(key, build)(x, weight, bias, (y, mean, rstd))
     return y, mean, rstd

@@ -78,10 +78,10 @@ def _norm_backward_kernel(
     gs = load_section(g_ptr, rows, num_rows, left, 0.0, ROWS, LANES, CHUNKS, WHOLE, COMPUTE)
     xs = load_section(p, rows, num_rows, left, 0.0, ROWS, LANES, CHUNKS, WHOLE, COMPUTE)
     if weight_ptr is not None:
-        ws = load_parameter(weight_ptr, rows % groups, start, left, channels, inner, BY, ROWS, LANES, CHUNKS, COMPUTE)
+        ws = load_parameter(weight_ptr, rows % groups, start, left, channels, inner, BY, ROWS, LANES, CHUNKS)
         scaled = ()
         for j in tl.static_range(CHUNKS):
-            scaled = scaled + (gs[j] * ws[j],)
+            scaled = scaled + (gs[j] * ws[j].to(COMPUTE),)
         gs = scaled
     hats, products = (), ()
     for j in tl.static_range(CHUNKS):

@@ -69,6 +69,8 @@ def _rms_norm_kernel(
     left = tl.minimum(n - start, LANES * CHUNKS).to(tl.int32)
     p = x_ptr + row_offsets(rows, row_size, row_stride, row_step, TWO_ROWS) + start
     xs = load_section(p, rows, num_rows, left, 0.0, ROWS, LANES, CHUNKS, WHOLE, COMPUTE)
+    if weight_ptr is not None:  # asked for before the mean is known: they arrive meanwhile
+        ws = load_parameter(weight_ptr, rows, start, left, 1, 1, "element", ROWS, LANES, CHUNKS)
     if WHOLE:
         squares = ()
         for j in tl.static_range(CHUNKS):
@@ -84,10 +86,9 @@ def _rms_norm_kernel(
             y = y.to(out_ptr.dtype.element_ty).to(COMPUTE)
         ys = ys + (y,)
     if weight_ptr is not None:
-        ws = load_parameter(weight_ptr, rows, start, left, 1, 1, "element", ROWS, LANES, CHUNKS, COMPUTE)
         scaled = ()
         for j in tl.static_range(CHUNKS):
-            scaled = scaled + (ys[j] * ws[j],)
+            scaled = scaled + (ys[j] * ws[j].to(COMPUTE),)
         ys = scaled
     store_section(out_ptr + rows * n + start, ys, rows, num_rows, left, ROWS, LANES, CHUNKS, WHOLE)
 

@@ -217,6 +217,10 @@ class Rows:
     cols: Level
     device: torch.device
 
+    def first(self, count: int) -> Rows:
+        """The first ``count`` rows."""
+        return replace(self, rows=replace(self.rows, count=count))
+
 
 @dataclass(frozen=True)
 class Columns:

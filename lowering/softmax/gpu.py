@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bicompile.lowering.gpu.grouping import flat_rows, in_groups, rows_in_cache
 from bicompile.lowering.gpu.launch import Launch, key_of, on_device, planned
 from bicompile.lowering.gpu.rows import (
     Cut,
@@ -196,7 +197,20 @@ def _is_fast(dtype: torch.dtype) -> bool:
 
 def _plan_softmax(x: Tensor, dtype: torch.dtype, log: bool, safe: bool) -> Callable[[Tensor, Tensor], None]:
     require_rows(x.device)
-    at, compute, fast, index = _rows(x), compute_dtype(dtype), _is_fast(dtype), x.device.index
+    at, compute = _rows(x), compute_dtype(dtype)
+    if at.rows.two or Cut.of(at.cols.count, compute).whole:
+        step = _softmax_step(at, dtype, compute, log, safe)
+        return lambda x, out: step((x, out))
+    n = at.cols.count
+    group = rows_in_cache(n * x.element_size(), x.device)
+    grouped = in_groups(at.rows.count, group, lambda count: _softmax_step(at.first(count), dtype, compute, log, safe))
+    return lambda x, out: grouped((flat_rows(x, at.rows), out.view(-1, n)))
+
+
+def _softmax_step(
+    at: Rows, dtype: torch.dtype, compute: torch.dtype, log: bool, safe: bool
+) -> Callable[[tuple[Tensor, Tensor]], None]:
+    fast, index = _is_fast(dtype), at.device.index
     cut = Cut.of(at.cols.count, compute)
     statistics, parts = (None, 1) if cut.whole else powers(at, compute, lse=False, fast=fast)
     chosen = row_schedule_for(at.rows.count, cut.lanes, cut.chunks, cut.sections)
@@ -211,7 +225,8 @@ def _plan_softmax(x: Tensor, dtype: torch.dtype, log: bool, safe: bool) -> Calla
         chosen.warps,
     )
 
-    def run(x: Tensor, out: Tensor) -> None:
+    def run(by_row: tuple[Tensor, Tensor]) -> None:
+        x, out = by_row
         top, sums = (None, None) if statistics is None else statistics(x)
         launch(index, x, top, sums, out)
 
@@ -222,8 +237,23 @@ def _plan_backward(
     grad: Tensor, y: Tensor, dtype: torch.dtype, compute: torch.dtype, log: bool
 ) -> Callable[[Tensor, Tensor, Tensor], None]:
     require_rows(y.device)
-    g, at, index = _rows(grad), _rows(y), y.device.index
-    cut, rows = Cut.of(at.cols.count, compute), at.rows.count
+    g, at = _rows(grad), _rows(y)
+    if g.rows.two or at.rows.two or Cut.of(at.cols.count, compute).whole:
+        step = _backward_step(g, at, dtype, compute, log)
+        return lambda grad, y, out: step((grad, y, out))
+    n = at.cols.count
+    group = rows_in_cache(n * (grad.element_size() + y.element_size()), y.device)
+    grouped = in_groups(
+        at.rows.count, group, lambda count: _backward_step(g.first(count), at.first(count), dtype, compute, log)
+    )
+    return lambda grad, y, out: grouped((flat_rows(grad, g.rows), flat_rows(y, at.rows), out.view(-1, n)))
+
+
+def _backward_step(
+    g: Rows, at: Rows, dtype: torch.dtype, compute: torch.dtype, log: bool
+) -> Callable[[tuple[Tensor, Tensor, Tensor]], None]:
+    index, rows = at.device.index, at.rows.count
+    cut = Cut.of(at.cols.count, compute)
     chosen = row_schedule_for(rows, cut.lanes, cut.chunks, cut.sections)
 
     def launch(stage: str, parts: int) -> Launch:
@@ -240,16 +270,17 @@ def _plan_backward(
 
     if cut.whole:
         both = launch("both", 1)
-        return lambda grad, y, out: both(index, grad, y, None, out)
+        return lambda by_row: both(index, by_row[0], by_row[1], None, by_row[2])
     first, few = launch("sum", 1), cut.sections <= MERGED_ON_THE_WAY
     write = launch("write", cut.sections if few else 1)
-    merge = None if few else fold_rows(dense_rows((rows, cut.sections), y.device), Fold(), compute, 0)
+    merge = None if few else fold_rows(dense_rows((rows, cut.sections), at.device), Fold(), compute, 0)
 
-    def run(grad: Tensor, y: Tensor, out: Tensor) -> None:
-        sums = torch.empty((rows, cut.sections), dtype=compute, device=y.device)
+    def run(by_row: tuple[Tensor, Tensor, Tensor]) -> None:
+        grad, y, out = by_row
+        sums = torch.empty((rows, cut.sections), dtype=compute, device=at.device)
         first(index, grad, y, sums, None)
         if merge is not None:
-            parts, sums = sums, torch.empty(rows, dtype=compute, device=y.device)
+            parts, sums = sums, torch.empty(rows, dtype=compute, device=at.device)
             merge(parts, sums)
         write(index, grad, y, sums, out)
 

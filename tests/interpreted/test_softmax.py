@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bicompile.lowering.gpu import grouping, launch
 from bicompile.lowering.softmax import gpu
 
 SHAPES = [((3, 1), 1), ((3, 33), 1), ((1, 2049), -1), ((1, 9000), 1), ((1, 7, 5), 1), ((2, 2, 1, 5), 0), ((), 0)]
@@ -59,3 +60,12 @@ def test_nothing_gives_nothing():
         x = torch.empty(shape)
         assert gpu.softmax(x, 1, False, torch.float32).shape == shape
         assert gpu.softmax_backward(x, x, 1, False, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_rows_taken_in_groups_have_the_same_bits(monkeypatch: pytest.MonkeyPatch):
+    x = drawn((17, 8200), torch.float32)
+    expected = gpu.softmax(x[14:], 1, False, x.dtype)
+    monkeypatch.setattr(grouping, "_cache_bytes", lambda device: 1)
+    launch._PLANS.clear()
+    assert torch.equal(gpu.softmax(x, 1, False, x.dtype)[14:], expected)
+    launch._PLANS.clear()

@@ -2,13 +2,15 @@
 
 The shapes are weights as ``KxN`` of ``nn.Linear`` layers, in bfloat16; float16 has the same schedules.  For each, and
 for each number of rows, every candidate is admitted and timed in turns with the others, L2 cold.  The winner goes
-into ``tuned`` of the table of this architecture, unless what the rule takes is as fast within :data:`TOLERANCE`.
+into ``tuned`` of the table of this architecture; or what the rule takes, if it is as fast within :data:`TOLERANCE`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ms", type=float, default=60.0, help="milliseconds of calls for each shape and number of rows"
     )
+    parser.add_argument(
+        "--jobs", type=int, default=min(14, os.cpu_count() or 1), help="processes that compile at first"
+    )
     parser.add_argument("--table", type=Path, help="the file to rewrite; default: this architecture's table")
 
 
@@ -58,6 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     table = read_table(path)
     body = json.loads(path.read_text())
     cases = [(shape, rows) for shape in arguments.shapes for rows in sorted(arguments.rows)]
+    _compile(cases, path, arguments.jobs)
     found: dict[str, list[tuple[int, str]]] = {}
     with tqdm(cases, unit="case") as progress:
         for shape, rows in progress:
@@ -73,12 +79,37 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def tune(shape: str, rows: int, table: Table, ms: float) -> tuple[Schedule, float]:
-    """The fastest schedule, and by what factor it beats the rule's choice."""
+def _compile(cases: list[tuple[str, int]], path: Path, jobs: int) -> None:
+    """Admit every candidate in other processes, which leave compiled kernels and verdicts on disk."""
+    from tqdm import tqdm
+
+    table = read_table(path)
+    wanted: dict[Schedule, tuple[str, int]] = {}
+    for shape, rows in cases:
+        for schedule in candidates(_operands(shape, rows)[2], table):
+            wanted.setdefault(schedule, (shape, rows))
+    todo = [(schedule, *case) for schedule, case in wanted.items()]
+    with multiprocessing.get_context("spawn").Pool(min(jobs, len(todo))) as pool:
+        for _ in tqdm(pool.imap_unordered(_admit, todo), total=len(todo), unit="schedule", desc="compiling"):
+            pass
+
+
+def _admit(job: tuple[Schedule, str, int]) -> None:
+    schedule, shape, rows = job
+    x, _, problem = _operands(shape, rows)
+    gpu.admitted_runner(schedule, problem, x.device)
+
+
+def _operands(shape: str, rows: int) -> tuple[Tensor, Tensor, Problem]:
     k, n = map(int, shape.split("x"))
     x = torch.randn(rows, k, dtype=torch.bfloat16, device="cuda")
     weight = torch.randn(n, k, dtype=torch.bfloat16, device="cuda").t()
-    problem = problem_of(x, weight, x.dtype, tf32=False, add=False)
+    return x, weight, problem_of(x, weight, x.dtype, tf32=False, add=False)
+
+
+def tune(shape: str, rows: int, table: Table, ms: float) -> tuple[Schedule, float]:
+    """The fastest schedule, and by what factor it beats the rule's choice."""
+    x, weight, problem = _operands(shape, rows)
     by_rule = preferences(problem, replace(table, tuned={}), num_sms(x.device.index))[0]
     runners: dict[Schedule, Runner] = {}
     for schedule in dict.fromkeys([by_rule, *candidates(problem, table)]):
@@ -88,7 +119,7 @@ def tune(shape: str, rows: int, table: Table, ms: float) -> tuple[Schedule, floa
 
     def timed(runner: Runner) -> Callable[[], Tensor]:
         def call() -> Tensor:
-            out = x.new_empty(rows, n)
+            out = x.new_empty(rows, problem.n)
             runner(x, weight, None, out)
             return out
 
@@ -105,7 +136,7 @@ def tune(shape: str, rows: int, table: Table, ms: float) -> tuple[Schedule, floa
 def candidates(problem: Problem, table: Table) -> Iterator[Schedule]:
     """Everything that could be the fastest for a problem of this many rows."""
     m = problem.m
-    ours: list[Any] = [*table.few_rows, *(schedule for schedule, _ in table.many_rows), *_more()]
+    ours: list[Any] = [*(schedule for schedule, _ in (*table.few_rows, *table.many_rows)), *_more()]
     for schedule in ours:
         fits = schedule.block_m <= max(2 * m, 16) and (m <= 4 * schedule.block_m or schedule.block_m >= 64)
         if fits and (isinstance(schedule, TileSchedule) or can_stream(problem)):
@@ -150,7 +181,7 @@ def layout(body: dict[str, Any]) -> str:
         [
             "{",
             f' "measured_on": {json.dumps(body["measured_on"])},',
-            block("few_rows", "[", [f"  {json.dumps(schedule)}" for schedule in body["few_rows"]], "]", ","),
+            block("few_rows", "[", [f"  {json.dumps(entry)}" for entry in body["few_rows"]], "]", ","),
             block("many_rows", "[", [f"  {json.dumps(entry)}" for entry in body["many_rows"]], "]", ","),
             f' "library_from": {body["library_from"]},',
             block("tuned", "{", shapes, "}", ""),

@@ -20,7 +20,7 @@ _COMPUTE_32F, _COMPUTE_64F, _COMPUTE_32F_FAST_TF32 = 68, 70, 77
 _DATA = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 14}
 _DESC_TRANSPOSE_A, _DESC_TRANSPOSE_B = 3, 4
 _LAYOUT_BATCH_COUNT, _LAYOUT_BATCH_STRIDE = 5, 6
-_PREFERENCE_WORKSPACE, _PREFERENCE_REDUCTION_SCHEMES, _PREFERENCE_ALIGNMENTS = 1, 3, (5, 6, 7, 8)
+_PREFERENCE_WORKSPACE, _PREFERENCE_REDUCTION_SCHEMES, _PREFERENCE_FACTORS, _PREFERENCE_OUTS = 1, 3, (5, 6), (7, 8)
 _NO_SCHEME, _TRANSPOSED = 0, 1
 _NO_WORKSPACE = c_size_t(0)
 _CONFIG = (  # attribute, name, type
@@ -63,7 +63,7 @@ class Product:
         left_step, right_step, out_step: elements from one row in memory to the next.
         left_batch, right_batch, out_batch: elements from one matrix to the next.
         tf32: whether float32 factors are rounded to TF32.
-        alignment: bytes by which every address and row step is divisible, a power of two.
+        factor_alignment, out_alignment: bytes by which addresses and row steps are divisible, powers of two.
     """
 
     dtype: torch.dtype
@@ -80,7 +80,8 @@ class Product:
     right_batch: int = 0
     out_batch: int = 0
     tf32: bool = False
-    alignment: int = 16
+    factor_alignment: int = 16
+    out_alignment: int = 16
 
 
 @dataclass(frozen=True)
@@ -210,8 +211,10 @@ def algorithms(product: Product, device: int, count: int) -> list[Algorithm]:
         put = functools.partial(_set, "cublasLtMatmulPreferenceSetAttribute", preference)
         put(_PREFERENCE_WORKSPACE, c_uint64(0))
         put(_PREFERENCE_REDUCTION_SCHEMES, c_uint32(_NO_SCHEME))
-        for attribute in _PREFERENCE_ALIGNMENTS:
-            put(attribute, c_uint32(product.alignment))
+        for attribute in _PREFERENCE_FACTORS:
+            put(attribute, c_uint32(product.factor_alignment))
+        for attribute in _PREFERENCE_OUTS:
+            put(attribute, c_uint32(product.out_alignment))
         status = _library().cublasLtMatmulAlgoGetHeuristic(
             setup.handle,
             setup.desc,

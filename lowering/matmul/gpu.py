@@ -31,7 +31,7 @@ _FOLDER = Path(__file__).parent
 ADMISSION = Admission(
     "matmul", [_FOLDER / name for name in ("gpu_kernels.py", "runners.py", "probes.py", "problem.py", "cublaslt.py")]
 )
-_SUGGESTIONS = 8
+_SUGGESTIONS = 4
 """How many of cuBLASLt's suggestions are tried: on an H100 the first few hold the fastest."""
 _PROBE_ELEMENTS = 1 << 24
 """Elements of a factor of a probe at full size: as many as keep the probe's memory below 200 MB."""
@@ -182,7 +182,7 @@ def _shape_of(problem: Problem) -> str:
     """Everything but the number of rows, or of what is added up in a weight's gradient."""
     p = problem
     k = p.k if p.a_by_k else f"<{1 << p.k.bit_length()}"
-    aligned = "aligned" if p.is_aligned else "loose"
+    aligned = ("aligned" if p.is_aligned else "loose") + ("" if p.n % 16 == 0 else " ragged")
     batched = ["batched"] if p.batch > 1 else []
     return " ".join([_name(p.dtype), _name(p.out), p.layout, f"{k}x{p.n}", aligned, *batched, *_flags(p)])
 

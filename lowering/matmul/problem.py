@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -87,20 +87,9 @@ class Problem:
 
     @property
     def is_aligned(self) -> bool:
-        """Whether every line of both factors and of the result begins at an address divisible by 16."""
-        size, out = self.dtype.itemsize, self.out.itemsize
+        """Whether every line of both factors begins at an address divisible by 16."""
         steps = (self.a_step, self.b_step, *((self.a.step, self.b.step) if self.batch > 1 else ()))
-        lines = all(step * size % ALIGNED == 0 for step in steps) and self.n * out % ALIGNED == 0
-        return self.a.aligned and self.b.aligned and lines
-
-    @property
-    def work(self) -> int:
-        """Multiplications."""
-        return self.batch * self.m * self.n * self.k
-
-    def with_rows(self, m: int) -> Problem:
-        """The same weights with another number of rows."""
-        return replace(self, m=m)
+        return self.a.aligned and self.b.aligned and all(step * self.dtype.itemsize % ALIGNED == 0 for step in steps)
 
 
 def problem_of(a: Tensor, b: Tensor, out: torch.dtype, tf32: bool, add: bool) -> Problem:
@@ -125,4 +114,5 @@ def can_stream(problem: Problem) -> bool:
     """Whether the tensor memory accelerator can load and store this problem."""
     p = problem
     sizes = min(p.m, p.n, p.k) > 0 and max(p.m, p.n, p.k) < INT32
-    return p.batch == 1 and p.dtype.itemsize <= 2 and sizes and p.is_dense and p.is_aligned
+    aligned = p.is_aligned and p.n * p.out.itemsize % ALIGNED == 0
+    return p.batch == 1 and p.dtype.itemsize <= 2 and sizes and p.is_dense and aligned

@@ -100,9 +100,6 @@ def library_product(problem: Problem) -> cublaslt.Product:
     """The problem in cuBLASLt's terms."""
     p = problem
     size = p.dtype.itemsize
-    steps = (p.a_step, p.b_step, p.n, *((p.a.step, p.b.step) if p.batch > 1 else ()))
-    aligned = p.a.aligned and p.b.aligned
-    alignment = next(n for n in (16, 8, 4, 2, size) if all(step * size % n == 0 for step in steps)) if aligned else size
     return cublaslt.Product(
         dtype=p.dtype,
         m=p.m,
@@ -118,7 +115,8 @@ def library_product(problem: Problem) -> cublaslt.Product:
         right_batch=p.b.step,
         out_batch=p.m * p.n,
         tf32=p.tf32,
-        alignment=max(alignment, size),
+        factor_alignment=ALIGNED if p.is_aligned else size,
+        out_alignment=ALIGNED if p.n * size % ALIGNED == 0 else size,
     )
 
 

@@ -12,8 +12,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +141,14 @@ class Table:
 
     Attributes:
         measured_on: the device that ``tuned`` was measured on; empty if none.
-        few_rows: schedules for up to 64 rows.
+        few_rows: schedules for up to 64 rows, with the share of the memory's speed that each reaches where it fits.
         many_rows: schedules for more, with the share of the peak that full waves of their tiles reach.
         library_from: rows from which cuBLASLt comes first.
         tuned: by layout and shape (``tn 4096x6144`` for K x N), schedules by the number of rows up to which they hold.
     """
 
     measured_on: str
-    few_rows: tuple[Schedule, ...]
+    few_rows: tuple[tuple[Schedule, float], ...]
     many_rows: tuple[tuple[Schedule, float], ...]
     library_from: int
     tuned: dict[str, tuple[tuple[int, Schedule], ...]]
@@ -157,7 +156,7 @@ class Table:
     def own_schedules(self) -> list[OwnSchedule]:
         """Every schedule of ours that the table names."""
         chosen = [schedule for entries in self.tuned.values() for _, schedule in entries]
-        every = dict.fromkeys([*self.few_rows, *(schedule for schedule, _ in self.many_rows), *chosen])
+        every = dict.fromkeys([*(schedule for schedule, _ in (*self.few_rows, *self.many_rows)), *chosen])
         return [schedule for schedule in every if not isinstance(schedule, LibrarySchedule)]
 
 
@@ -175,7 +174,7 @@ def read_table(path: Path) -> Table:
     body = json.loads(path.read_text())
     return Table(
         measured_on=body["measured_on"],
-        few_rows=tuple(parse(text) for text in body["few_rows"]),
+        few_rows=tuple((parse(text), share) for text, share in body["few_rows"]),
         many_rows=tuple((parse(text), share) for text, share in body["many_rows"]),
         library_from=body["library_from"],
         tuned={shape: tuple((rows, parse(text)) for rows, text in entries) for shape, entries in body["tuned"].items()},
@@ -190,44 +189,49 @@ def preferences(problem: Problem, table: Table, num_sms: int) -> list[Schedule]:
         table: the preferences of the device's architecture.
         num_sms: the device's streaming multiprocessors.
     """
-    reference = REFERENCES[problem.dtype]
-    if problem.dtype in OTHERS:
-        rows = min(problem.m, problem.n)
-        return [LIBRARY, next(s for most, s in OTHERS[problem.dtype] if rows <= most), reference]
-    entries = table.tuned.get(f"{problem.layout} {problem.k}x{problem.n}", ()) if problem.batch == 1 else ()
-    chosen = [schedule for rows, schedule in entries if problem.m <= rows][:1]
-    by_rule = _for_many_rows(problem, table, num_sms)
-    if min(problem.m, problem.n) <= 64:
-        by_rule = [*_for_few_rows(problem, table, num_sms), *by_rule]
+    p = problem
+    reference = REFERENCES[p.dtype]
+    rows = min(p.m, p.n)
+    if p.dtype in OTHERS:
+        return [LIBRARY, next(s for most, s in OTHERS[p.dtype] if rows <= most), reference]
+    if not (p.is_dense and p.is_aligned):  # rare, so few binaries are better than fast ones
+        return [_mirror(_LOOSE) if p.n < p.m else _LOOSE, reference] if rows <= _LOOSE.block_m else [reference]
+    entries = table.tuned.get(f"{p.layout} {p.k}x{p.n}", ()) if p.batch == 1 and not p.add else ()
+    chosen = [schedule for most, schedule in entries if p.m <= most][:1]
+    ours = _for_few_rows(p, table, num_sms) if rows <= _FEW_ROWS else []
+    ours += _for_many_rows(p, table, num_sms)
     library: list[Schedule] = [LIBRARY]
-    ordered = [*library, *by_rule] if min(problem.m, problem.n) >= table.library_from else [*by_rule, *library]
-    return list(dict.fromkeys([*chosen, *(s for s in ordered if _can_run(s, problem)), reference]))
+    # The library cannot add with our rounding: what it saves is less than a second pass over the result costs.
+    library_first = rows >= table.library_from and not p.add
+    return list(dict.fromkeys([*chosen, *(library + ours if library_first else ours + library), reference]))
+
+
+_FEW_ROWS = 64
+_LOOSE = TileSchedule(16, 32, 256, warps=4, stages=4, swap=True)
+_BUSY = 60
+"""Programs that are enough to read memory at full speed (an H100, ``bench_matmul_gpu.py``, 2026-11-25)."""
+_ROOM = 227 << 10
+"""Bytes of shared memory where the tables have streams: sm_90 and sm_100."""
 
 
 def _for_few_rows(problem: Problem, table: Table, num_sms: int) -> list[Schedule]:
-    """The narrowest tile that takes all rows; of those as wide a one as still gives every multiprocessor something.
+    """The schedule that reads the larger factor fastest: that is what takes the time."""
+    p = problem
+    mirrored = p.n < p.m
+    rows, columns, long_by_k = (p.n, p.m, p.a_by_k) if mirrored else (p.m, p.n, p.b_by_k)
 
-    Reading ``b`` once is what takes the time.
-    """
-    found = []
-    for mirrored in (False, True) if problem.n < problem.m else (False,):
-        rows, columns = (problem.n, problem.m) if mirrored else (problem.m, problem.n)
-        if rows > 64:
-            continue
-        usable = [s for s in map(_mirror if mirrored else _same, table.few_rows) if _can_run(s, problem)]
+    def cost(entry: tuple[Any, float]) -> float:
+        s, share = entry
+        down, across = _tiles(rows, s.block_m), _tiles(columns, s.block_n)
+        again = 1 + 0.02 * (down - 1) + 0.01 * s.block_m / s.block_n  # what the cache serves
+        idle = max(1.0, _BUSY * num_sms / 132 / (p.batch * down * across)) ** 0.3
+        wasted = 1 + 0.1 * (s.block_m * down / max(rows, 8) - 1)
+        scattered = 128 / s.block_n if isinstance(s, TileSchedule) and not long_by_k else 1.0
+        return again * idle * wasted * scattered / share
 
-        def height(s: Any, mirrored: bool = mirrored) -> int:
-            return s.block_n if mirrored else s.block_m
-
-        def programs(s: Any, mirrored: bool = mirrored, rows: int = rows, columns: int = columns) -> int:
-            width = s.block_m if mirrored else s.block_n
-            return problem.batch * _tiles(rows, height(s)) * _tiles(columns, width)
-
-        tall = [s for s in usable if height(s) >= rows]
-        lowest = [s for s in tall if height(s) == min(map(height, tall))]
-        busy = [s for s in lowest if programs(s) >= 0.9 * num_sms]
-        found += sorted(busy, key=programs)[:1] or sorted(lowest, key=programs, reverse=True)[:1]
-    return found
+    usable = [entry for entry in table.few_rows if _can_run(entry[0], p)]
+    best = [schedule for schedule, _ in sorted(usable, key=cost)[:1]]
+    return [_mirror(schedule) for schedule in best] if mirrored else best
 
 
 def _for_many_rows(problem: Problem, table: Table, num_sms: int) -> list[Schedule]:
@@ -244,19 +248,18 @@ def _for_many_rows(problem: Problem, table: Table, num_sms: int) -> list[Schedul
 
 
 def _can_run(schedule: Schedule, problem: Problem) -> bool:
-    return not isinstance(schedule, StreamSchedule) or can_stream(problem)
+    if not isinstance(schedule, StreamSchedule):
+        return True
+    s, size = schedule, problem.dtype.itemsize
+    loads = s.stages * (s.block_m + s.block_n) * s.block_k * size
+    result = s.block_m * s.block_n // s.parts * size
+    return can_stream(problem) and loads + result * (2 if problem.add else 1) <= _ROOM
 
 
 def _tiles(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _same(schedule: Schedule) -> Schedule:
-    return schedule
-
-
 def _mirror(schedule: Any) -> Schedule:
     """The schedule that does to columns what ``schedule`` does to rows."""
-    fields = {**schedule.__dict__, "block_m": schedule.block_n, "block_n": schedule.block_m, "swap": not schedule.swap}
-    mirrored: Callable[..., Schedule] = type(schedule)
-    return mirrored(**fields)
+    return replace(schedule, block_m=schedule.block_n, block_n=schedule.block_m, swap=not schedule.swap)

@@ -6,22 +6,14 @@ import itertools
 
 import pytest
 import torch
+from matmul_cases import DEVICE, spread
 from torch import Tensor
 
-import bicompile.lowering.matmul.op  # noqa: F401  registers the ops
 from bicompile.lowering.matmul import gpu, gpu_scaled
 from bicompile.lowering.matmul.problem import problem_of
 from bicompile.testing import same_bits
 
 ops = torch.ops.bicompile
-DEVICE = torch.device("cuda", 0)
-
-
-def _spread(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
-    """Random values over many binades."""
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    scale = torch.exp2(torch.randint(-8, 5, shape, generator=generator, device=DEVICE).float())
-    return (torch.randn(shape, generator=generator, device=DEVICE) * scale).to(dtype)
 
 
 def _ends(*ends: int) -> Tensor:
@@ -33,30 +25,30 @@ def _ends(*ends: int) -> Tensor:
 def test_each_group_has_the_bits_of_mm(cuts, dtype):
     rows = max(cuts[-1], 1) + 5
     bounds = [slice(start, end) for start, end in itertools.pairwise((0, *cuts))]
-    x, weights = _spread(rows, 520, dtype=dtype), _spread(4, 328, 520, dtype=dtype, seed=1).transpose(1, 2)
+    x, weights = spread(rows, 520, dtype=dtype), spread(4, 328, 520, dtype=dtype, seed=1).transpose(1, 2)
     for w in (weights, weights.contiguous()):
         out = ops.grouped_mm(x, w, _ends(*cuts))
         for g, group in enumerate(bounds):
             assert same_bits(out[group], ops.mm(x[group], w[g]))
         assert not out[cuts[-1] :].any()
-    left, right = _spread(rows, 72, dtype=dtype).t(), _spread(rows, 136, dtype=dtype, seed=1)
+    left, right = spread(rows, 72, dtype=dtype).t(), spread(rows, 136, dtype=dtype, seed=1)
     out = ops.grouped_mm(left, right, _ends(*cuts))
     for g, group in enumerate(bounds):
         assert same_bits(out[g], ops.mm(left[:, group], right[group]))
-    stack = _spread(4, 72, 136, dtype=dtype)
+    stack = spread(4, 72, 136, dtype=dtype)
     out = ops.grouped_mm(stack, right.t(), _ends(*cuts))
     for g, group in enumerate(bounds):
         assert same_bits(out[:, group], ops.mm(stack[g], right.t()[:, group]))
 
 
 def test_many_experts_with_a_token_each():
-    x, weights = _spread(128, 256), _spread(128, 256, 64, seed=1)
+    x, weights = spread(128, 256), spread(128, 256, 64, seed=1)
     out = ops.grouped_mm(x, weights, torch.arange(1, 129, dtype=torch.int64, device=DEVICE))
     assert same_bits(out, ops.bmm(x[:, None], weights)[:, 0])
 
 
 def test_offsets_that_lie_are_not_followed_out_of_the_tensors():
-    x, weights = _spread(40, 64), _spread(3, 64, 32, seed=1)
+    x, weights = spread(40, 64), spread(3, 64, 32, seed=1)
     out = ops.grouped_mm(x, weights, _ends(10, 5, 10_000))
     assert same_bits(out[:10], ops.mm(x[:10], weights[0]))
 
@@ -79,13 +71,13 @@ def _eight(x: Tensor) -> Tensor:
 @needs_eight_bits
 @pytest.mark.parametrize("k, n", [(4096, 512), (1040, 208), (256, 64)])
 def test_a_row_of_8_bit_floats_has_the_same_bits_in_any_batch(k, n):
-    a, b = _eight(_spread(300, k)), _eight(_spread(n, k, seed=1)).t()
+    a, b = _eight(spread(300, k)), _eight(spread(n, k, seed=1)).t()
     rows, columns = torch.linspace(0.5, 2, 300, device=DEVICE)[:, None], torch.linspace(0.1, 1, n, device=DEVICE)[None]
     whole = ops.scaled_mm(a, b, rows, columns, None, torch.bfloat16)
     for m in (1, 2, 8, 9, 16, 30, 64, 65, 200):
         assert same_bits(ops.scaled_mm(a[:m], b, rows[:m], columns, None, torch.bfloat16), whole[:m]), m
         assert same_bits(ops.scaled_mm(a[-m:], b, rows[-m:], columns, None, torch.bfloat16), whole[-m:]), m
-    one, bias = torch.ones((), device=DEVICE), _spread(n, seed=2)
+    one, bias = torch.ones((), device=DEVICE), spread(n, seed=2)
     plain = ops.scaled_mm(a, b, one, one, None, torch.bfloat16)
     assert same_bits(ops.scaled_mm(a, b, one, one, bias, torch.bfloat16), plain + bias)
 
@@ -101,7 +93,7 @@ def test_the_error_of_8_bit_products_is_like_torchs():
 
 @needs_eight_bits
 def test_8_bit_schedules_are_admitted():
-    a, b = _eight(_spread(300, 1024)), _eight(_spread(512, 1024, seed=1)).t()
+    a, b = _eight(spread(300, 1024)), _eight(spread(512, 1024, seed=1)).t()
     dropped = []
     for rows, schedule in (*gpu_scaled.BY_ROWS, (300, gpu_scaled.MANY)):
         problem = problem_of(a[:rows], b, torch.bfloat16, tf32=False, add=False)

@@ -11,33 +11,34 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from matmul_cases import (
+    CASES,
+    DEVICE,
+    DTYPES,
+    HALVES,
+    ROWS,
+    compile_beforehand,
+    listed,
+    listed_problem,
+    situations,
+    spread,
+    weight,
+)
 from torch import Tensor
 
-import bicompile.lowering.matmul.op  # noqa: F401  registers the ops
 from bicompile.lowering.gpu.admission import Admission, equal_bits
-from bicompile.lowering.gpu.device import device_key
 from bicompile.lowering.matmul import cublaslt, gpu, probes
 from bicompile.lowering.matmul.problem import Problem, can_stream, problem_of
 from bicompile.lowering.matmul.runners import Runner
-from bicompile.lowering.matmul.schedule import LIBRARY, REFERENCES, OwnSchedule, TileSchedule, table_for
+from bicompile.lowering.matmul.schedule import LIBRARY, REFERENCES, TileSchedule
 from bicompile.testing import same_bits
 
 ops = torch.ops.bicompile
-DEVICE = torch.device("cuda", 0)
-HALVES = (torch.bfloat16, torch.float16)
-DTYPES = (*HALVES, torch.float32, torch.float64)
-ROWS = (1, 2, 7, 16, 33, 64, 65, 130, 300)
 
 
-def _spread(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """Random values over many binades."""
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-    scale = torch.exp2(torch.randint(-8, 5, shape, generator=generator, device=DEVICE).float())
-    return (torch.randn(shape, generator=generator, device=DEVICE) * scale).to(dtype)
-
-
-def _weight(k: int, n: int, by_k: bool, dtype: torch.dtype) -> Tensor:
-    return _spread(n, k, dtype=dtype, seed=1).t() if by_k else _spread(k, n, dtype=dtype, seed=1)
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    compile_beforehand()
 
 
 @contextlib.contextmanager
@@ -50,37 +51,14 @@ def _tf32(allowed: bool) -> Iterator[None]:
         torch.backends.cuda.matmul.fp32_precision = before
 
 
-def _shifted(x: Tensor) -> Tensor:
-    """The same values one element behind an aligned address, with rows 3 elements further apart."""
-    memory = x.new_zeros(x.shape[0] * (x.shape[1] + 3) + 1)
-    return memory[1:].view(x.shape[0], x.shape[1] + 3)[:, : x.shape[1]].copy_(x)
-
-
-@pytest.mark.parametrize("by_k", [True, False], ids=["linear", "plain"])
-@pytest.mark.parametrize("k, n", [(1024, 512), (1111, 200), (4096, 1536), (72, 17)])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_row_has_the_same_bits_in_any_batch(dtype, k, n, by_k):
-    x, w = _spread(max(ROWS), k, dtype=dtype), _weight(k, n, by_k, dtype)
-    whole = ops.mm(x, w)
-    for m in ROWS:
-        assert same_bits(ops.mm(x[:m], w), whole[:m]), m
-    order = torch.randperm(len(x), device=DEVICE)
-    assert same_bits(ops.mm(x[order], w), whole[order])
-    poisoned = torch.full_like(x, float("nan"))
-    poisoned[::2] = float("inf")
-    poisoned[[5, 129]] = x[[5, 129]]
-    assert same_bits(ops.mm(poisoned, w)[[5, 129]], whole[[5, 129]])
-    for m in (1, 64, 300):
-        assert same_bits(ops.mm(_shifted(x)[:m], w), whole[:m]), f"{m} misaligned rows"
-        assert same_bits(ops.mm(x.t().contiguous().t()[:m], w), whole[:m]), f"{m} rows of a transposed matrix"
-        assert same_bits(ops.mm(x[:m], _shifted(w)), whole[:m]), f"{m} rows, misaligned weight"
-        assert same_bits(ops.mm(x[:m], w.t().contiguous().t()), whole[:m]), f"{m} rows, weight in the other layout"
-    assert same_bits(ops.mm(x[7:8].expand(40, k), w), whole[7:8].expand(40, n))
-    assert same_bits(ops.mm(x, w[:, 3:4]), whole[:, 3:4])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_row_has_the_same_bits_in_any_batch(case):
+    differing = [name for name, got, wanted in situations(case) if not same_bits(got, wanted)]
+    assert not differing
 
 
 def test_tf32_follows_torchs_setting_and_keeps_the_promise():
-    x, w = _spread(300, 1024, dtype=torch.float32), _weight(1024, 512, True, torch.float32)
+    x, w = spread(300, 1024, dtype=torch.float32), weight(1024, 512, True, torch.float32)
     with _tf32(False):
         exact = ops.mm(x, w)
     with _tf32(True):
@@ -94,8 +72,8 @@ def test_tf32_follows_torchs_setting_and_keeps_the_promise():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_four_ops_agree(dtype):
-    a, b = _spread(3, 70, 264, dtype=dtype), _spread(3, 40, 264, dtype=dtype, seed=1).transpose(1, 2)
-    c = _spread(3, 70, 40, dtype=dtype, seed=2)
+    a, b = spread(3, 70, 264, dtype=dtype), spread(3, 40, 264, dtype=dtype, seed=1).transpose(1, 2)
+    c = spread(3, 70, 40, dtype=dtype, seed=2)
     product = ops.bmm(a, b)
     for i in range(3):
         assert same_bits(product[i], ops.mm(a[i], b[i]))
@@ -139,20 +117,15 @@ def test_opcheck():
 # -- Schedules --------------------------------------------------------------------------------------------------------
 
 
-def _listed() -> list[OwnSchedule]:
-    return table_for(device_key(0).capability).own_schedules()
-
-
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_every_listed_schedule_is_admitted_and_has_the_references_bits(dtype):
     """So whatever the table says, and whatever a tuner makes of it, no bit can follow it."""
-    x, w = _spread(150, 2048, dtype=dtype), _weight(2048, 416, True, dtype)
-    problem = problem_of(x, w, dtype, tf32=False, add=False)
+    x, w, problem = listed_problem(dtype)
     wanted = torch.empty(150, 416, dtype=dtype, device=DEVICE)
     gpu.runner_of(REFERENCES[dtype], problem, 0)(x, w, None, wanted)
     assert can_stream(problem)
     dropped = []
-    for schedule in _listed():
+    for schedule in listed():
         runner = gpu.admitted_runner(schedule, problem, DEVICE)
         if runner is None:
             dropped.append(str(schedule))
@@ -165,7 +138,7 @@ def test_every_listed_schedule_is_admitted_and_has_the_references_bits(dtype):
 
 @pytest.mark.parametrize("m", [64, 200, 1024])
 def test_cublaslts_admitted_algorithms_have_the_references_bits(m):
-    x, w = _spread(m, 2048, dtype=torch.bfloat16), _weight(2048, 416, True, torch.bfloat16)
+    x, w = spread(m, 2048, dtype=torch.bfloat16), weight(2048, 416, True, torch.bfloat16)
     problem = problem_of(x, w, x.dtype, tf32=False, add=False)
     wanted = torch.empty(m, 416, dtype=x.dtype, device=DEVICE)
     gpu.runner_of(REFERENCES[x.dtype], problem, 0)(x, w, None, wanted)
@@ -176,12 +149,12 @@ def test_cublaslts_admitted_algorithms_have_the_references_bits(m):
 
 
 def test_any_choice_of_schedules_gives_the_same_bits(monkeypatch):
-    x, w = _spread(300, 1024, dtype=torch.bfloat16), _weight(1024, 512, True, torch.bfloat16)
+    x, w = spread(300, 1024, dtype=torch.bfloat16), weight(1024, 512, True, torch.bfloat16)
     whole = ops.mm(x, w)
     draw = random.Random(0)
 
     def shuffled(problem: Problem, table: object, num_sms: int) -> list[object]:
-        wanted = [LIBRARY, *(s for s in _listed() if can_stream(problem) or isinstance(s, TileSchedule))]
+        wanted = [LIBRARY, *(s for s in listed() if can_stream(problem) or isinstance(s, TileSchedule))]
         return [*draw.sample(wanted, len(wanted)), REFERENCES[problem.dtype]]
 
     monkeypatch.setattr(gpu, "preferences", shuffled)
@@ -229,7 +202,7 @@ def test_a_poisoned_schedule_is_refused_and_the_others_stay(monkeypatch, tmp_pat
     monkeypatch.setattr(gpu, "runner_of", runner_of)
     monkeypatch.setattr(gpu, "preferences", lambda p, table, sms: [poisoned, honest, REFERENCES[p.dtype]])
     monkeypatch.setattr(gpu, "planned", lambda key, build: build())
-    x, w = _spread(100, 4096, dtype=torch.bfloat16), _weight(4096, 256, True, torch.bfloat16)
+    x, w = spread(100, 4096, dtype=torch.bfloat16), weight(4096, 256, True, torch.bfloat16)
     problem = problem_of(x, w, x.dtype, tf32=False, add=False)
     ours = ops.mm(x, w)
     bad, good = gpu.admitted_runner(poisoned, problem, DEVICE), gpu.admitted_runner(honest, problem, DEVICE)
@@ -245,7 +218,7 @@ def test_a_poisoned_schedule_is_refused_and_the_others_stay(monkeypatch, tmp_pat
 
 def test_the_probes_tell_split_k_from_one_chain():
     """Libraries split K for few rows and a long K; each kind of probe must show it, whatever the output type hides."""
-    x, w = _spread(16, 16384, dtype=torch.bfloat16), _weight(16384, 512, True, torch.bfloat16)
+    x, w = spread(16, 16384, dtype=torch.bfloat16), weight(16384, 512, True, torch.bfloat16)
     problem = problem_of(x, w, x.dtype, tf32=False, add=False)
     (probe,) = [p for p in probes.full_probes(problem, 1 << 24) if p.m == 16]
     for a, b, _ in probes.factors(probe, DEVICE):
@@ -272,8 +245,8 @@ def test_cublaslt_is_found():
 @pytest.mark.parametrize("warm", [True, False], ids=["seen before", "new"])
 def test_capture_gives_the_same_bits(warm):
     n = 640 if warm else 656
-    x, w = _spread(48, 1024, dtype=torch.bfloat16), _weight(1024, n, True, torch.bfloat16)
-    whole = ops.mm(_spread(49, 1024, dtype=torch.bfloat16).copy_(torch.cat([x, x[:1]])), w)[:48]
+    x, w = spread(48, 1024, dtype=torch.bfloat16), weight(1024, n, True, torch.bfloat16)
+    whole = ops.mm(spread(49, 1024, dtype=torch.bfloat16).copy_(torch.cat([x, x[:1]])), w)[:48]
     if warm:
         ops.mm(x, w)
     torch.cuda.synchronize()
@@ -291,7 +264,7 @@ def test_more_than_two_to_the_31_elements():
     rows, k = 2**21 + 3, 1032
     assert rows * k > 2**31
     x = torch.empty(rows, k, dtype=torch.bfloat16, device=DEVICE).normal_()
-    w = _weight(k, 16, True, torch.bfloat16)
+    w = weight(k, 16, True, torch.bfloat16)
     some = torch.tensor([0, 2**20, rows - 1], device=DEVICE)
     assert same_bits(ops.mm(x, w)[some], ops.mm(x[some], w))
     tall = x.view(-1)[: (k * rows) // 8 * 8].view(8, -1)[:, : 2**28].t()  # columns 2**28 elements apart

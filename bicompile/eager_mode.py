@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._decomp import decomposition_table as core_decompositions
 from torch._dispatch.python import enable_python_dispatcher
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -46,14 +46,13 @@ _CORRECTLY_ROUNDED = frozenset(
     """.split()
 )
 
-# The same on a GPU, where more than these differ between PyTorch's kernels and compiled ones: which of +0 and -0 is
-# the larger, for instance.
+# The same on a GPU, where PyTorch's kernels and compiled ones differ in more: in which of +0 and -0 is the larger, in the
+# sign of a NaN that is negated, in rounding denormals to integers.
 _CORRECTLY_ROUNDED_ON_GPU = frozenset(
     """
-    aten.abs aten.bitwise_and aten.bitwise_left_shift aten.bitwise_not aten.bitwise_or aten.bitwise_right_shift
-    aten.bitwise_xor aten.ceil aten.eq aten.floor aten.ge aten.gt aten.isfinite aten.isinf aten.isnan aten.le
-    aten.logical_and aten.logical_not aten.logical_or aten.logical_xor aten.lt aten.mul aten.ne aten.neg aten.sqrt
-    aten.trunc
+    aten.bitwise_and aten.bitwise_left_shift aten.bitwise_not aten.bitwise_or aten.bitwise_right_shift aten.bitwise_xor
+    aten.eq aten.ge aten.gt aten.isfinite aten.isinf aten.isnan aten.le aten.logical_and aten.logical_not aten.logical_or
+    aten.logical_xor aten.lt aten.mul aten.ne aten.sqrt
     """.split()
 )
 # Of equal elements these name any on a GPU, so none runs as it is there: topk and sort are lowered, others refused.
@@ -83,6 +82,8 @@ def eager(*, allow: Iterable[str] = (), on_refused: Literal["error", "warn"] = "
 class _LoweringMode(TorchDispatchMode):
     """Sends each op where it belongs; what an op is taken apart into passes through here again."""
 
+    supports_higher_order_operators = True  # to refuse them by name, such as flex_attention
+
     def __init__(self, allow: frozenset[str], on_refused: str) -> None:
         super().__init__()
         self._allow = allow
@@ -92,6 +93,8 @@ class _LoweringMode(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return self._refuse(func, args, kwargs)
         on_gpu = _prepare(args, kwargs)
         if func.namespace == "bicompile" or _runs_as_it_is(func, args, kwargs, on_gpu):
             return func(*args, **kwargs)
@@ -119,7 +122,7 @@ class _LoweringMode(TorchDispatchMode):
             destination.resize_(result.shape)
         return destination.copy_(result)
 
-    def _refuse(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _refuse(self, func: OpOverload | HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._allow & {op_name(func), str(func)}:
             shapes = [tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
             message = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 pytest.importorskip("transformers")
 
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from transformers_zoo import CAUSAL, padded, tokens
 
 import bicompile
@@ -163,6 +165,21 @@ def test_capped_and_sunk_attention_compiles_to_the_bits_of_eager():
     assert same_bits(
         torch.compile(run, backend="batch_invariant", fullgraph=True)(query, key, value, mask, sinks), eager
     )
+
+
+def _flexible(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return flex_attention(query, key, value, score_mod=lambda score, b, h, q, k: score + (q - k))
+
+
+def test_flex_attention_is_refused_by_name():
+    """Its kernels' order is their own; compiled and eager code both say so."""
+    query = torch.randn(1, 2, 64, 16)
+    refused = pytest.raises(bicompile.UnsupportedOpError, match="flex_attention")
+    with torch.no_grad(), refused:
+        torch.compile(_flexible, backend="batch_invariant")(query, query, query)
+    with bicompile.eager(), warnings.catch_warnings(), refused:
+        warnings.simplefilter("ignore")  # it would rather be compiled
+        _flexible(query, query, query)
 
 
 # Registration.

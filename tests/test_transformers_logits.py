@@ -39,6 +39,17 @@ def test_rows_keep_their_logits_in_batches_of_1_to_9(model: Causal, dtype: torch
         assert same_bits(module(ids[order]).logits, whole[order])
 
 
+@pytest.mark.parametrize("experts", ["eager", "batched_mm"])
+def test_rows_keep_their_logits_whichever_way_experts_are_computed(experts: str):
+    """A loop over experts, and one product for each token; the other tests take the default, a grouped product."""
+    module, ids = CAUSAL["gpt-oss"].build(torch.bfloat16), tokens(4, 30)
+    module.config._experts_implementation = experts
+    with torch.no_grad(), bicompile.eager():
+        whole = module(ids).logits
+        assert same_bits(module(ids[2:3]).logits, whole[2:3])
+        assert same_bits(module(ids.flip(0)).logits, whole.flip(0))
+
+
 @each_dtype
 @each_model
 def test_padding_is_invisible(model: Causal, dtype: torch.dtype):

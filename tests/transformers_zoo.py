@@ -48,7 +48,6 @@ class Causal:
                 if "expert" in name or "sinks" in name:
                     torch.nn.init.normal_(parameter, std=0.2)
         model.generation_config.eos_token_id = None
-        model.config._experts_implementation = "eager"  # a loop over experts
         return model.to(dtype).eval().requires_grad_(False)
 
 

@@ -93,8 +93,8 @@ def is_admitted(schedule: TileSchedule, problem: Problem, device: torch.device) 
 def _results(schedule: TileSchedule, sizes: list[Problem], device: torch.device) -> Iterator[Tensor]:
     for p in sizes:
         launch = _launch(schedule, p, (1, 1))
-        a_scale = torch.linspace(0.5, 2.0, p.m, device=device)
-        b_scale = torch.linspace(0.25, 1.0, p.n, device=device)
+        a_scale = torch.linspace(0.5, 2.0, p.m, dtype=torch.float32, device=device)
+        b_scale = torch.linspace(0.25, 1.0, p.n, dtype=torch.float32, device=device)
         for a, b, c in gpu.probes.factors(p, device):
             out = torch.full((p.m, p.n), torch.nan, dtype=p.out, device=device)
             launch(device.index, a, b, a_scale, b_scale, out if c is None else c[0], out)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .order import MatmulOrder, order_for
+from .order import MatmulOrder, gpu_order_for, order_for
 
 _SMALLEST_NORMAL = 2.0**-126
 
@@ -47,6 +47,20 @@ def addmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
 def baddbmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
     """:func:`addmm` for each of a batch."""
     return _combine(c, bmm(a, b), beta, alpha)
+
+
+def gpu_mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in the order of a GPU, of float32 or float64: inside a tensor core, IEEE says nothing."""
+    order = gpu_order_for(a.shape[1], a.dtype)
+    assert order.group == 1, f"gpu_mm: expected float32 or float64, got {a.dtype}"
+    total = torch.zeros(a.shape[0], b.shape[1], dtype=order.accumulator)
+    for k in range(order.length):
+        left, right = a[:, k, None], b[None, k, :]
+        if a.dtype == torch.float64:
+            total = _fma64(*torch.broadcast_tensors(left, right, total))
+        else:
+            total = _sum_to_odd(left.double() * right.double(), total.double()).float()
+    return total
 
 
 def _combine(c: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:

@@ -202,7 +202,7 @@ def preferences(problem: Problem, table: Table, num_sms: int) -> list[Schedule]:
     ours += _for_many_rows(p, table, num_sms)
     library: list[Schedule] = [LIBRARY]
     # The library cannot add with our rounding: what it saves is less than a second pass over the result costs.
-    library_first = rows >= table.library_from and not p.add
+    library_first = not can_stream(p) or (rows >= table.library_from and not p.add)
     return list(dict.fromkeys([*chosen, *(library + ours if library_first else ours + library), reference]))
 
 

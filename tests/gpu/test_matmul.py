@@ -27,7 +27,8 @@ from matmul_cases import (
 from torch import Tensor
 
 from bicompile.lowering.gpu.admission import Admission, equal_bits
-from bicompile.lowering.matmul import cublaslt, gpu, probes
+from bicompile.lowering.matmul import cublaslt, gpu, probes, reference
+from bicompile.lowering.matmul.order import gpu_order_for
 from bicompile.lowering.matmul.problem import Problem, can_stream, problem_of
 from bicompile.lowering.matmul.runners import Runner
 from bicompile.lowering.matmul.schedule import LIBRARY, REFERENCES, TileSchedule
@@ -83,6 +84,40 @@ def test_the_four_ops_agree(dtype):
         assert same_bits(ops.addmm(addend, a[0], b[0], 0.3, 1.7), product[0] * 1.7 + addend * 0.3)
     assert same_bits(ops.addmm(torch.full_like(c[0], torch.nan), a[0], b[0], 0.0, 1.0), product[0])
     assert same_bits(ops.bmm(a[:1].expand(3, 70, 264), b)[2], ops.mm(a[0], b[2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_ieee_types_have_the_bits_of_the_reference(dtype):
+    x, w = spread(9, 150, dtype=dtype), weight(150, 11, True, dtype)
+    with _tf32(False):
+        ours = ops.mm(x, w)
+    assert same_bits(ours.cpu(), reference.gpu_mm(x.cpu(), w.cpu()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_sum_has_one_accumulator_that_walks_up_k(dtype):
+    """FPRev's probe: what is added while a huge element waits for its negative is lost, so counting the rest shows
+    how far the chain had come when the second of the two arrived.
+    """
+    k, huge, small = 512, 2.0**15, 2.0**-24
+    if dtype == torch.float64:
+        huge, small = 2.0**40, 2.0**-30
+    pairs = [(i, j) for j in (1, 15, 16, 17, 40, 255, 256, 300, 511) for i in (0, j // 2) if i < j]
+    x = torch.full((len(pairs), k), small, dtype=dtype, device=DEVICE)
+    for row, (i, j) in enumerate(pairs):
+        x[row, i], x[row, j] = huge, -huge
+    w = torch.ones(64, k, dtype=dtype, device=DEVICE).t()
+    with _tf32(False):
+        sums = {m: ops.mm(x.repeat(-(-m // len(pairs)), 1)[:m], w)[: len(pairs), 0] for m in (len(pairs), 64, 300)}
+    counts = [round(float(total) / small) for total in sums[64].double()]
+    for m, total in sums.items():
+        assert same_bits(total, sums[64]), m
+    group = gpu_order_for(k, dtype).group
+    for (i, j), count in zip(pairs, counts, strict=True):
+        left = k - (j // group + 1) * group
+        inside = group - 2 if i // group == j // group else 0
+        rounding = 1 if dtype == torch.bfloat16 else 0
+        assert left - rounding <= count <= left + inside + rounding, (i, j, count, counts)
 
 
 @pytest.mark.parametrize("m, n, k", [(0, 8, 16), (8, 0, 16), (8, 16, 0), (0, 0, 0)])
@@ -186,7 +221,7 @@ def _chunked_kernel(a_ptr, b_ptr, out_ptr, num_m, num_n, num_k, CHUNK: tl.conste
 def test_a_poisoned_schedule_is_refused_and_the_others_stay(monkeypatch, tmp_path):
     """One that adds chunks of 1024 k is as good a product as any, and has other bits."""
     monkeypatch.setenv("BICOMPILE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(gpu, "ADMISSION", Admission("matmul", []))
+    monkeypatch.setattr(gpu, "ADMISSION", Admission("poisoned", []))
     poisoned = TileSchedule(64, 64, 64, warps=4, stages=1)
     honest = TileSchedule(64, 64, 64, warps=4, stages=4)
     true_runner = gpu.runner_of

@@ -29,28 +29,52 @@ struct Problem {
 template <class S>
 constexpr S kMinusInfinity = -std::numeric_limits<S>::infinity();
 
+// Calls f(mask, hides): `mask` typed and pointing to element `offset`, hides(element) saying whether it hides its key.
+template <class S, class F>
+auto with_mask(const Problem& p, int64_t offset, const F& f) {
+  auto additive = [](auto a) { return S(widen(a)) == kMinusInfinity<S>; };
+  switch (p.mask_dtype) {
+    case ScalarType::Bool: return f(static_cast<const uint8_t*>(p.mask.data) + offset, [](uint8_t m) { return !m; });
+    case ScalarType::Float: return f(static_cast<const float*>(p.mask.data) + offset, additive);
+    case ScalarType::Double: return f(static_cast<const double*>(p.mask.data) + offset, additive);
+    case ScalarType::BFloat16: return f(static_cast<const bf16*>(p.mask.data) + offset, additive);
+    default: return f(static_cast<const fp16*>(p.mask.data) + offset, additive);
+  }
+}
+
 // Scores [0, n) of one query (or key) after the mask, whose elements lie `step` apart.  A masked score is -infinity
 // even where it was NaN.
 template <class S>
 void apply_mask(const Problem& p, int64_t offset, int64_t step, int64_t n, S* scores) {
-  auto boolean = [&](const uint8_t* m, int64_t by) {
-    for (int64_t j = 0; j < n; j++) scores[j] = m[j * by] ? scores[j] : kMinusInfinity<S>;
-  };
-  auto additive = [&](auto* m, int64_t by) {
-    for (int64_t j = 0; j < n; j++) {
-      const S a = S(widen(m[j * by]));
-      scores[j] = a == kMinusInfinity<S> ? a : scores[j] + a;
-    }
-  };
-  // The literal 1 lets the compiler make vectors of the usual case.
-  auto dense_or_not = [&](const auto& f, auto* m) { step == 1 ? f(m, 1) : f(m, step); };
-  switch (p.mask_dtype) {
-    case ScalarType::Bool: return dense_or_not(boolean, static_cast<const uint8_t*>(p.mask.data) + offset);
-    case ScalarType::Float: return dense_or_not(additive, static_cast<const float*>(p.mask.data) + offset);
-    case ScalarType::Double: return dense_or_not(additive, static_cast<const double*>(p.mask.data) + offset);
-    case ScalarType::BFloat16: return dense_or_not(additive, static_cast<const bf16*>(p.mask.data) + offset);
-    default: return dense_or_not(additive, static_cast<const fp16*>(p.mask.data) + offset);
-  }
+  with_mask<S>(p, offset, [&](auto* m, auto hides) {
+    auto apply = [&](int64_t by) {
+      for (int64_t j = 0; j < n; j++) {
+        const auto a = m[j * by];
+        if constexpr (std::is_same_v<decltype(a), const uint8_t>) {
+          scores[j] = hides(a) ? kMinusInfinity<S> : scores[j];
+        } else {
+          scores[j] = hides(a) ? kMinusInfinity<S> : scores[j] + S(widen(a));
+        }
+      }
+    };
+    step == 1 ? apply(1) : apply(step);  // the literal 1 lets the compiler make vectors of the usual case
+  });
+}
+
+// Keys [first, past) of a row: none outside can be seen.
+struct Range {
+  int64_t first, past;
+};
+
+// What the mask leaves of keys [0, n): its hidden ends are cut off.
+template <class S>
+Range seen_of(const Problem& p, int64_t offset, int64_t step, int64_t n) {
+  return with_mask<S>(p, offset, [&](auto* m, auto hides) {
+    Range r{0, n};
+    while (r.past > 0 && hides(m[(r.past - 1) * step])) r.past--;
+    while (r.first < r.past && hides(m[r.first * step])) r.first++;
+    return r;
+  });
 }
 
 // Sum of weights [0, n): lane j mod 32 in blocks of kBlock, blocks in ascending order, then halves of the lanes.
@@ -148,20 +172,32 @@ struct Tiling {
 template <class T, class S = typename Compute<T>::Scalar>
 void tile_weights(const Problem& p, const Tile& t, S* weights, int64_t ld, Softmax<S>* stats) {
   struct Packed;
+  struct Ranges;
   S* packed = scratch<Packed, S>(t.rows * p.depth);
+  Range* seen = scratch<Ranges, Range>(t.rows);
   auto row_at = [&](int64_t r) { return p.q.matrix<T>(t.batch, t.head(r)).at(t.query(r)); };
   pack_rows<T>(row_at, p.q.strides[3], t.rows, p.depth, packed);
-  auto unseen = [&](int64_t, int64_t past, int64_t key, int64_t) { return p.causal && key > t.query(past - 1); };
+  const int64_t* ms = p.mask.strides;
+  auto mask_of = [&](int64_t r) { return t.batch * ms[0] + t.head(r) * ms[1] + t.query(r) * ms[2]; };
+  for (int64_t r = 0; r < t.rows; r++) {
+    const int64_t past = p.causal ? std::min(t.keys, t.query(r) + 1) : t.keys;
+    seen[r] = p.mask.data ? seen_of<S>(p, mask_of(r), ms[3], past) : Range{0, past};
+  }
+  auto unseen = [&](int64_t row, int64_t past_row, int64_t key, int64_t past_key) {
+    return std::all_of(seen + row, seen + past_row, [&](Range r) { return r.past <= key || past_key <= r.first; });
+  };
   score_tile(packed, t.rows, p.k.matrix<T>(t.batch, t.kv_head), 0, t.keys, p.depth, S(p.scale), unseen, weights, ld);
   for (int64_t r = 0; r < t.rows; r++) {
     S* scores = weights + r * ld;
-    const int64_t query = t.query(r), seen = p.causal ? std::min(t.keys, query + 1) : t.keys;
-    const int64_t* ms = p.mask.strides;
-    if (p.mask.data) apply_mask(p, t.batch * ms[0] + t.head(r) * ms[1] + query * ms[2], ms[3], seen, scores);
-    const int64_t padded = round_up(seen, kPanel<S>);
-    std::fill(scores + seen, scores + padded, kMinusInfinity<S>);
-    stats[r] = softmax_weights(scores, padded);
-    std::fill(scores + padded, scores + ld, S(0));
+    const auto [first, past] = seen[r];
+    const int64_t from = first / kPanel<S> * kPanel<S>, to = round_up(past, kPanel<S>);
+    if (p.mask.data) apply_mask(p, mask_of(r) + first * ms[3], ms[3], past - first, scores + first);
+    std::fill(scores, scores + from, S(0));
+    std::fill(scores + from, scores + first, kMinusInfinity<S>);
+    std::fill(scores + past, scores + to, kMinusInfinity<S>);
+    stats[r] = softmax_weights(scores + from, to - from);
+    stats[r].extent.first += from, stats[r].extent.last += from;
+    std::fill(scores + to, scores + ld, S(0));
   }
 }
 

@@ -50,6 +50,7 @@ void score_tile(const S* packed, int64_t rows, Matrix<T> keys, int64_t begin, in
   S* panel = scratch<Tag, S>(depth * kPanel<S>);
   for (int64_t j = begin; j < end; j += kPanel<S>) {
     const int64_t count = std::min<int64_t>(kPanel<S>, end - j);
+    if (unseen(0, rows, j, j + count)) continue;
     pack_panel(keys, j, count, depth, panel);
     for (int64_t r = 0; r < rows; r += kScoreRows) {
       const int64_t m = std::min<int64_t>(kScoreRows, rows - r);

@@ -220,6 +220,17 @@ def _first_extremum(arg: Callable[..., Tensor]) -> Callable[..., Any]:
     return extremum
 
 
+def _glu(x: Tensor, dim: int = -1) -> Tensor:
+    """Rounded once, as Inductor's own form is, which has no name for what is in between."""
+    torch._check_value(
+        x.shape[dim] % 2 == 0, lambda: f"glu: expected an even size in dim {dim}, got shape {tuple(x.shape)}"
+    )
+    half = x.shape[dim] // 2
+    a, b = (aten.narrow.default(x, dim, start, half) for start in (0, half))
+    wide = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    return (a.to(wide) * torch.sigmoid(b.to(wide))).to(x.dtype)
+
+
 def _sort(x: Tensor, dim: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
     return torch.sort(x, stable=True, dim=dim, descending=descending)
 
@@ -247,6 +258,7 @@ _NORMAL_FORMS: dict[OpOverload, Callable[..., Any]] = {
     aten.addbmm.default: _addbmm,
     aten.max.dim: _first_extremum(torch.argmax),
     aten.min.dim: _first_extremum(torch.argmin),
+    aten.glu.default: _glu,
     aten.sort.default: _sort,
     aten.sort.stable: _stable_sort,
     aten._fused_rms_norm.default: _fused_rms_norm,

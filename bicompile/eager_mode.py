@@ -46,13 +46,13 @@ _CORRECTLY_ROUNDED = frozenset(
     """.split()
 )
 
-# The same on a GPU, where PyTorch's kernels and compiled ones differ in more: in which of +0 and -0 is the larger, in the
-# sign of a NaN that is negated, in rounding denormals to integers.
+# The same on a GPU, where PyTorch's kernels and compiled ones differ in more: in which of +0 and -0 is the larger, in
+# the sign of a NaN that is negated, in rounding denormals to integers.
 _CORRECTLY_ROUNDED_ON_GPU = frozenset(
     """
     aten.bitwise_and aten.bitwise_left_shift aten.bitwise_not aten.bitwise_or aten.bitwise_right_shift aten.bitwise_xor
-    aten.eq aten.ge aten.gt aten.isfinite aten.isinf aten.isnan aten.le aten.logical_and aten.logical_not aten.logical_or
-    aten.logical_xor aten.lt aten.mul aten.ne aten.sqrt
+    aten.eq aten.ge aten.gt aten.isfinite aten.isinf aten.isnan aten.le aten.logical_and aten.logical_not
+    aten.logical_or aten.logical_xor aten.lt aten.mul aten.ne aten.sqrt
     """.split()
 )
 # Of equal elements these name any on a GPU, so none runs as it is there: topk and sort are lowered, others refused.

@@ -115,6 +115,8 @@ def test_op_that_is_compiled_by_itself_is_the_op():
     assert compiled(aten.mul.Tensor, (half, weight[0]), {}).dtype == torch.bfloat16
     assert compiled(aten.mul.Tensor, (half, 3), {}).dtype == torch.bfloat16
     assert compiled(aten.exp.default, (x.t(),), {}).stride() == x.t().stride()
+    # A number stays one: as an unknown, 2 would make a power of the square.
+    assert same_bits(compiled(aten.pow.Tensor_Scalar, (x, 2), {}), x * x)
     mantissa, exponent = compiled(aten.frexp.Tensor, (x,), {})
     assert same_bits(torch.ldexp(mantissa, exponent), x)
 
@@ -123,3 +125,12 @@ def test_op_that_cannot_be_compiled_by_itself_does_not_run_as_it_is():
     x = torch.randn(6)
     with torch.compiler.set_stance("force_eager"), pytest.raises(RuntimeError, match="compiling is switched off"):
         compiled(aten.sin.default, (x,), {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_glu_has_the_bits_of_compiled_code(dtype):
+    x = torch.randn(5, 8, 3).to(dtype)
+    with bicompile.eager():
+        ours = F.glu(x, 1)
+    torch.testing.assert_close(ours, F.glu(x, 1))
+    assert same_bits(torch.compile(lambda x: F.glu(x, 1), backend="batch_invariant", fullgraph=True)(x), ours)

@@ -154,15 +154,22 @@ def main() -> None:
             if args.only in case.name:
                 torch.cuda.empty_cache()
                 report.rows += measure(case, args.ms)
+                summarise(report)
+                if not args.no_write:  # after every case: what is measured is not lost if time runs out
+                    report.write()
+    for name, entry in report.summary.items():
+        print(f"{name}: {entry['value']}")
+    if not args.no_write:
+        print(report.path)
+
+
+def summarise(report: Report) -> None:
+    """Geometric means by op and baseline, of the cases measured so far."""
     for family in ("embedding", "index_add", "scatter_add"):
         for against in ("stock", "stock, deterministic"):
             ratios = [row.ratio for row in report.rows if row.case.startswith(family) and row.against == against]
             if ratios:
                 report.summarise(f"{family} / {against}, geometric mean", statistics.geometric_mean(ratios))
-    for name, entry in report.summary.items():
-        print(f"{name}: {entry['value']}")
-    if not args.no_write:
-        print(report.write())
 
 
 if __name__ == "__main__":

@@ -50,8 +50,12 @@ def compiled(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         flat[place] = (
             x.expand(shape).reshape(-1).contiguous() if strides is None else x.as_strided((shape.numel(),), (1,))
         )
+    given = [x.detach() for x in flat.values()]
+    for x in given:
+        if x.dim() and len(x) > 1:  # Dynamo compiles for the one size 1 by itself
+            torch._dynamo.mark_dynamic(x, 0)
     with _disable_current_modes(), torch.no_grad():
-        result = _function(op, args, kwargs, flat)(*(x.detach() for x in flat.values()))
+        result = _function(op, args, kwargs, flat)(*given)
     if strides is None:
         return tree_map_only(Tensor, lambda x: x.view(shape), result)
     return tree_map_only(Tensor, lambda x: x.as_strided(shape, strides), result)
@@ -98,9 +102,10 @@ def _function(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], ten
         count = len(values) - len(names)
         return op(*values[:count], **dict(zip(names, values[count:], strict=True)))
 
-    # Dynamo counts recompilations by code object, so each function gets one of its own.
+    # Dynamo counts recompilations by code object, so each function gets one of its own.  Not dynamic=True, which would
+    # make unknowns of the constants: a square would become a power.
     own = types.FunctionType(call.__code__.replace(co_name=op._opname), call.__globals__, None, None, call.__closure__)
-    _COMPILED[key] = torch.compile(own, backend="batch_invariant", fullgraph=True, dynamic=True)
+    _COMPILED[key] = torch.compile(own, backend="batch_invariant", fullgraph=True)
     return _COMPILED[key]
 
 

@@ -174,20 +174,22 @@ def _first_at_least(keys_ptr, key, low, high):
 
 
 @triton.jit
-def _places(positions_ptr, j, end, AHEAD: tl.constexpr):
-    """Where the contributions from ``j`` on lie in the source."""
+def _places(positions_ptr, j, first, end, AHEAD: tl.constexpr):
+    """Where the contributions from ``j`` on lie in the source, as far as they lie in [first, end)."""
     rows = ()
     for u in tl.static_range(AHEAD):
-        rows = rows + (tl.load(positions_ptr + j + u, mask=j + u < end, other=0).to(tl.int64),)
+        here = (j + u >= first) & (j + u < end)
+        rows = rows + (tl.load(positions_ptr + j + u, mask=here, other=0).to(tl.int64),)
     return rows
 
 
 @triton.jit
-def _values(source, rows, values_row, j, end, live, AHEAD: tl.constexpr):
-    """The contributions from ``j`` on."""
+def _values(source, rows, values_row, j, first, end, live, AHEAD: tl.constexpr):
+    """The contributions from ``j`` on, as far as they lie in [first, end)."""
     xs = ()
     for u in tl.static_range(AHEAD):
-        xs = xs + (tl.load(source + rows[u] * values_row, mask=live & (j + u < end), other=0.0),)
+        here = (j + u >= first) & (j + u < end)
+        xs = xs + (tl.load(source + rows[u] * values_row, mask=live & here, other=0.0),)
     return xs
 
 
@@ -234,16 +236,25 @@ def _walk_long_rows_kernel(
         count = end - j
         if FROM_SELF:
             count += 1
-        # While some are added, the next values are on their way, and the places of those after them.
-        rows = _places(positions_ptr, j, end, AHEAD)
-        xs = _values(source, rows, values_row, j, end, live, AHEAD)
-        rows = _places(positions_ptr, j + AHEAD, end, AHEAD)
+        # Four groups of values are on their way while one is added, and the places of a fifth.  The loop starts early
+        # enough to fill up: what lies before the first contribution is neither loaded nor added.
+        first = j
+        j = first - 5 * AHEAD
+        rows = _places(positions_ptr, j, first, end, AHEAD)
+        one = _values(source, rows, values_row, j, first, end, live, AHEAD)
+        two = one
+        three = one
+        four = one
         while j < end:
-            ahead = _values(source, rows, values_row, j + AHEAD, end, live, AHEAD)
-            rows = _places(positions_ptr, j + 2 * AHEAD, end, AHEAD)
+            five = _values(source, rows, values_row, j + 4 * AHEAD, first, end, live, AHEAD)
+            rows = _places(positions_ptr, j + 5 * AHEAD, first, end, AHEAD)
             for u in tl.static_range(AHEAD):
-                total = tl.where(j + u < end, _step(total, xs[u].to(ACC), HOW), total)
-            xs = ahead
+                here = (j + u >= first) & (j + u < end)
+                total = tl.where(here, _step(total, one[u].to(ACC), HOW), total)
+            one = two
+            two = three
+            three = four
+            four = five
             j += AHEAD
         _store(out_ptr, at, live, total, count, MEAN)
 

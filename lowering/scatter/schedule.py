@@ -19,7 +19,7 @@ class RowSchedule:
         ahead: contributions whose loads are in flight together.
         long: from about this many contributions on, a destination is left to programs of their own; 0 for never.
         long_block: columns of one of those, which has one warp.
-        long_ahead: contributions that it loads while it adds as many others.
+        long_ahead: contributions that it adds at once; those of four such groups are loaded meanwhile.
     """
 
     block: int
@@ -61,7 +61,7 @@ def row_schedule_for(width: int, itemsize: int) -> RowSchedule:
     while block < min(width, 2048 // itemsize):
         block *= 2
     warps = max(1, min(4, block * itemsize // 512))
-    return RowSchedule(block, warps, ahead=4, long=64, long_block=32, long_ahead=32)
+    return RowSchedule(block, warps, ahead=4, long=64, long_block=32, long_ahead=8)
 
 
 def element_schedule_for(length: int, columns: int, num_sms: int) -> ElementSchedule:

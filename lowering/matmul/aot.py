@@ -11,8 +11,9 @@ import triton.language as tl
 
 from bicompile.lowering.gpu.ahead import Compilation
 
-from .gpu_kernels import stream_kernel, tile_kernel
-from .schedule import OTHERS, REFERENCES, TABLES, StreamSchedule, TileSchedule, read_table
+from . import gpu_grouped, gpu_scaled
+from .gpu_kernels import grouped_depths_kernel, grouped_rows_kernel, scaled_kernel, stream_kernel, tile_kernel
+from .schedule import OTHERS, REFERENCES, TABLES, StreamSchedule, TileSchedule, fits, read_table
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 _SMS = 132
@@ -25,7 +26,7 @@ def aot_cases() -> Iterator[Compilation]:
         for b_by_k, add in itertools.product((True, False), repeat=2):
             if isinstance(schedule, TileSchedule):
                 yield _tile(schedule, dtype, b_by_k, add, "ieee")
-            else:
+            elif fits(schedule, dtype.itemsize, add):
                 yield _stream(schedule, dtype, b_by_k, add)
     for dtype, reference in REFERENCES.items():
         yield _tile(reference, dtype, True, False, "ieee")
@@ -33,6 +34,11 @@ def aot_cases() -> Iterator[Compilation]:
             yield _tile(schedule, dtype, True, True, "ieee")
             if dtype == torch.float32:
                 yield _tile(schedule, dtype, True, True, "tf32")
+    for schedule in gpu_grouped.SCHEDULES:
+        yield _grouped_rows(schedule)
+        yield _grouped_depths(schedule)
+    for schedule in gpu_scaled.SCHEDULES:
+        yield _scaled(schedule)
 
 
 def _tile(s: TileSchedule, dtype: torch.dtype, b_by_k: bool, add: bool, precision: str) -> Compilation:
@@ -68,3 +74,34 @@ def _stream(s: StreamSchedule, dtype: torch.dtype, b_by_k: bool, add: bool) -> C
     }
     title = f"matmul {name} {s} b_by_k={b_by_k} add={add}"
     return Compilation(title, stream_kernel, signature, constants, s.warps, s.stages, needs=90)
+
+
+def _blocks(s: TileSchedule) -> dict[str, Any]:
+    return {"BLOCK_M": s.block_m, "BLOCK_N": s.block_n, "BLOCK_K": s.block_k, "SWAP": s.swap}
+
+
+def _grouped_rows(s: TileSchedule) -> Compilation:
+    signature = {"a_ptr": "*bf16:16", "b_ptr": "*bf16:16", "ends_ptr": "*i32:16", "out_ptr": "*bf16:16"}
+    signature |= {name: "i32:16" for name in "num_n num_k num_groups stride_am stride_bn step_b stride_out".split()}
+    signature |= {"num_m": "i32", "tiles_m": "i32"}
+    constants: dict[str, Any] = {**{"stride_ak": 1, "stride_bk": 1, "GROUPS": 128}, **_blocks(s)}
+    constants |= {"EVEN": True, "WIDE": False, "PRECISION": "ieee", "ACC": tl.float32}
+    return Compilation(f"grouped rows {s}", grouped_rows_kernel, signature, constants, s.warps, s.stages)
+
+
+def _grouped_depths(s: TileSchedule) -> Compilation:
+    signature = {"a_ptr": "*bf16:16", "b_ptr": "*bf16:16", "ends_ptr": "*i32:16", "out_ptr": "*bf16:16"}
+    signature |= {name: "i32:16" for name in "num_m num_n num_groups stride_ak stride_bk stride_out".split()}
+    signature |= {"num_k": "i32"}
+    constants: dict[str, Any] = {**{"stride_am": 1, "stride_bn": 1, "GROUP": s.group}, **_blocks(s)}
+    constants |= {"WIDE": False, "PRECISION": "ieee", "ACC": tl.float32}
+    return Compilation(f"grouped depths {s}", grouped_depths_kernel, signature, constants, s.warps, s.stages)
+
+
+def _scaled(s: TileSchedule) -> Compilation:
+    signature = {"a_ptr": "*fp8e4nv:16", "b_ptr": "*fp8e4nv:16", "bias_ptr": "*bf16:16", "out_ptr": "*bf16:16"}
+    signature |= {"a_scale_ptr": "*fp32:16", "b_scale_ptr": "*fp32:16", "num_m": "i32"}
+    signature |= {name: "i32:16" for name in "num_n num_k stride_am stride_bn".split()}
+    constants = {"stride_ak": 1, "stride_bk": 1, "step_a_scale": 1, "step_b_scale": 1, "GROUP": s.group}
+    constants |= {**_blocks(s), "EVEN": True, "ADD": True}
+    return Compilation(f"scaled {s}", scaled_kernel, signature, constants, s.warps, s.stages, needs=89)

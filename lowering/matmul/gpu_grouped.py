@@ -25,6 +25,7 @@ _BY_ROWS = (
 )
 """By the mean number of rows in a group; beyond, :data:`_MANY`."""
 _MANY = TileSchedule(128, 128, 64, warps=8, stages=3)
+SCHEDULES = (*(schedule for _, schedule in _BY_ROWS), _MANY, REFERENCES[torch.bfloat16])
 
 
 @on_device

@@ -30,6 +30,7 @@ BY_ROWS = (
     (128, REFERENCE),
 )
 MANY = TileSchedule(128, 128, BLOCK_K, warps=8, stages=3)
+SCHEDULES = (*(schedule for _, schedule in BY_ROWS), MANY)
 _OLDEST = (8, 9)
 
 

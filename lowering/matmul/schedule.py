@@ -250,10 +250,15 @@ def _for_many_rows(problem: Problem, table: Table, num_sms: int) -> list[Schedul
 def _can_run(schedule: Schedule, problem: Problem) -> bool:
     if not isinstance(schedule, StreamSchedule):
         return True
-    s, size = schedule, problem.dtype.itemsize
-    loads = s.stages * (s.block_m + s.block_n) * s.block_k * size
-    result = s.block_m * s.block_n // s.parts * size
-    return can_stream(problem) and loads + result * (2 if problem.add else 1) <= _ROOM
+    return can_stream(problem) and fits(schedule, problem.dtype.itemsize, problem.add)
+
+
+def fits(schedule: StreamSchedule, itemsize: int, add: bool) -> bool:
+    """Whether the shared memory is enough for the blocks of every stage, the result and the addend."""
+    s = schedule
+    loads = s.stages * (s.block_m + s.block_n) * s.block_k * itemsize
+    result = s.block_m * s.block_n // s.parts * itemsize
+    return loads + result * (2 if add else 1) <= _ROOM
 
 
 def _tiles(size: int, block: int) -> int:

@@ -203,3 +203,26 @@ def _decoded(module: Any, said: Tensor, encoded: dict[str, Any], first: int) -> 
         for start, stop in itertools.pairwise(cuts)
     ]
     return torch.cat(steps, dim=1)
+
+
+# A real model.
+
+
+def test_smollm2_has_the_same_logits_prefilled_decoded_padded_and_in_company():
+    from bicompile.demo.models import DemoError, subject
+
+    try:
+        smollm2 = subject("smollm2", print)
+    except DemoError as error:
+        pytest.skip(str(error))
+    module = smollm2.load(torch.bfloat16)
+    module.set_attn_implementation("batch_invariant")
+    texts = ["The history of the Roman Empire began when a small town on the Tiber", "Dear Sir or Madam, I am writing"]
+    rows = [torch.tensor([smollm2.encode(text)[:8]]) for text in texts]
+    with torch.no_grad(), bicompile.eager():
+        alone = module(rows[0]).logits
+        company = module(torch.cat(rows)).logits[:1]
+        left = module(**padded(rows[0], 3)).logits[:, 3:]
+        steps = itertools.chain([5], itertools.repeat(1))
+        decoded = in_chunks(module, padded(rows[0], 0), transformers.DynamicCache(config=module.config), steps)
+    assert same_bits(company, alone) and same_bits(left, alone) and same_bits(decoded, alone)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import bicompile  # noqa: F401 (registers the ops)
 from bicompile.bench import Report, Row, gpu_interleaved
-from bicompile.testing import same_bits
+from bicompile.lowering.gpu.admission import equal_bits
 
 ours = torch.ops.bicompile
 aten = torch.ops.aten
@@ -115,8 +115,8 @@ def measure(case: Case, ms: float) -> list[Row]:
     exact = torch.scatter_add if index.dim() == 2 else torch.index_add
     error = (result.double() - exact(self.double(), 0, index, values.double())).abs().max() if rows < 10_000 else None
     assert error is None or error <= 0.05 * result.abs().max(), error
-    same = same_bits(case.ours(self, index, values), result)
-    same &= same_bits(case.ours(self.flip(0), rows - 1 - index, values).flip(0), result)
+    same = equal_bits(case.ours(self, index, values), result)
+    same &= equal_bits(case.ours(self.flip(0), rows - 1 - index, values).flip(0), result)
 
     def deterministic() -> Tensor:
         torch.use_deterministic_algorithms(True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from .schedule import (
 )
 
 _FOLDER = Path(__file__).parent
-ADMISSION = Admission(
-    "matmul", [_FOLDER / name for name in ("gpu_kernels.py", "runners.py", "probes.py", "problem.py", "cublaslt.py")]
+_SOURCES = (
+    "cublaslt.py gpu.py gpu_grouped.py gpu_kernels.py gpu_scaled.py probes.py problem.py runners.py schedule.py".split()
 )
+ADMISSION = Admission("matmul", [_FOLDER / name for name in _SOURCES])
 _SUGGESTIONS = 4
 """How many of cuBLASLt's suggestions are tried: on an H100 the first few hold the fastest."""
 _PROBE_ELEMENTS = 1 << 24
@@ -103,7 +104,7 @@ def admitted_runner(schedule: Schedule, problem: Problem, device: torch.device) 
     key = f"{schedule}, {compilation_of(schedule, problem)}"
     sizes = probes.small_probes(problem, schedule.block_m, schedule.block_n)
     run = functools.partial(_results, lambda p: runner_of(schedule, p, device.index), sizes, device)
-    if not ADMISSION.allows(key, device.index, run, _reference(sizes, device)):
+    if not ADMISSION.allows(key, device.index, run, lambda: _reference_results(sizes, device)):
         return None
     return runner_of(schedule, problem, device.index)
 
@@ -118,23 +119,26 @@ def library_runners(schedule: LibrarySchedule, problem: Problem, device: torch.d
     except cublaslt.CublasLtError:
         return
     for algorithm in found[schedule.first :]:
-        key = f"cuBLASLt {cublaslt.version()} {algorithm.config}, {_shape_of(p)}"
-
-        def runner_for(probe: Problem, algorithm: cublaslt.Algorithm = algorithm) -> Runner:
-            return library_runner(algorithm.moved_to(library_product(probe), device.index), probe, device.index)
-
-        @functools.cache
-        def sizes(runner_for: Callable[[Problem], Runner] = runner_for) -> list[Problem]:
-            return [probe for probe in probes.full_probes(p, _PROBE_ELEMENTS) if _takes(runner_for, probe)]
-
-        def run(sizes: Any = sizes, runner_for: Any = runner_for) -> Iterator[Tensor]:
-            return _results(runner_for, sizes(), device)
-
-        def reference(sizes: Any = sizes) -> Iterator[Tensor]:
-            return _results(lambda probe: runner_of(REFERENCES[p.dtype], probe, device.index), sizes(), device)
-
-        if ADMISSION.allows(key, device.index, run, reference):
+        if _admits(algorithm, p, device):
             yield library_runner(algorithm, p, device.index)
+
+
+def _admits(algorithm: cublaslt.Algorithm, problem: Problem, device: torch.device) -> bool:
+    """Whether an algorithm of cuBLASLt gives the reference's bits at this N and K, at several M."""
+
+    def runner_for(probe: Problem) -> Runner:
+        return library_runner(algorithm.moved_to(library_product(probe), device.index), probe, device.index)
+
+    @functools.cache
+    def sizes() -> list[Problem]:
+        found = [probe for probe in probes.full_probes(problem, _PROBE_ELEMENTS) if _takes(runner_for, probe)]
+        if not found:
+            raise cublaslt.CublasLtError("it can compute none of the probes")
+        return found
+
+    key = f"cuBLASLt {cublaslt.version()} {algorithm.config}, {_shape_of(problem)}"
+    run, reference = (lambda: _results(runner_for, sizes(), device)), (lambda: _reference_results(sizes(), device))
+    return ADMISSION.allows(key, device.index, run, reference)
 
 
 def _takes(runner_for: Callable[[Problem], Runner], problem: Problem) -> bool:
@@ -153,9 +157,9 @@ def runner_of(schedule: OwnSchedule, problem: Problem, device: int) -> Runner:
     return stream_runner(schedule, problem, device)
 
 
-def _reference(sizes: list[Problem], device: torch.device) -> Callable[[], Iterable[Tensor]]:
-    """The reference schedule's results on the probes."""
-    return lambda: _results(lambda p: runner_of(REFERENCES[p.dtype], p, device.index), sizes, device)
+def _reference_results(sizes: list[Problem], device: torch.device) -> Iterator[Tensor]:
+    """What the reference schedule makes of the probes of each size."""
+    return _results(lambda p: runner_of(REFERENCES[p.dtype], p, device.index), sizes, device)
 
 
 def _results(runner_for: Callable[[Problem], Runner], sizes: list[Problem], device: torch.device) -> Iterator[Tensor]:

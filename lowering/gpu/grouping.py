@@ -44,9 +44,8 @@ def in_groups(rows: int, group: int, make: Callable[[int], Step]) -> Step:
     rest = make(rows % group) if rows % group else whole
 
     def run(by_row: tuple[Tensor, ...], *shared: object) -> None:
-        for first in range(0, rows, group):
-            step = whole if rows - first >= group else rest
-            step(tuple(t[first : first + group] for t in by_row), *shared)
+        for part in zip(*(t.split(group) for t in by_row), strict=True):
+            (whole if len(part[0]) == group else rest)(part, *shared)
 
     return run
 

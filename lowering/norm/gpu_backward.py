@@ -226,10 +226,11 @@ def _plan_parameters(
     rest = fold_partial_columns(1, cut, blocks, width, Fold(), compute, 0, at.device)
 
     def run(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) -> None:
-        partial = torch.empty((2, parts, width), dtype=compute, device=at.device)
-        launch(index, grad, x, mean, rstd, partial[0], partial[1])
-        rest(partial[0], weight)
-        rest(partial[1], bias)
+        # Two tensors: both lie at an address that ``rest`` was compiled for.
+        weights, biases = (torch.empty((parts, width), dtype=compute, device=at.device) for _ in range(2))
+        launch(index, grad, x, mean, rstd, weights, biases)
+        rest(weights, weight)
+        rest(biases, bias)
 
     return run
 

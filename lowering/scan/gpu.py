@@ -104,7 +104,98 @@ def _scan_kernel(
         tl.store(out_ptr + segment * num_rows + row, running, mask=live)
 
 
+@triton.constexpr_function
+def _bits_of(n):
+    """How often ``n`` halves until one is left."""
+    return n.bit_length() - 1
+
+
+@triton.constexpr_function
+def _reversed_bits(i, n):
+    """The number whose binary digits are those of ``i`` below ``n``, backwards."""
+    bits = n.bit_length() - 1
+    return sum((i >> b & 1) << (bits - 1 - b) for b in range(bits))
+
+
+@triton.jit
+def _columns_of(tile, WIDTH: tl.constexpr, N: tl.constexpr):
+    """The columns of ``tile``, [WIDTH, N], as a tuple of [WIDTH, 1]; column ``i`` at the place of its bits reversed."""
+    parts = (tile,)
+    for b in tl.static_range(_bits_of(N)):
+        halves = ()
+        for i in tl.static_range(1 << b):
+            even, odd = tl.split(tl.reshape(parts[i], [WIDTH, N >> (b + 1), 2]))
+            halves = halves + (even, odd)
+        parts = halves
+    return parts
+
+
+@triton.jit
+def _tile_of(columns, WIDTH: tl.constexpr, N: tl.constexpr):
+    """The inverse of ``_columns_of``."""
+    parts = columns
+    for b in tl.static_range(_bits_of(N)):
+        pairs = ()
+        for i in tl.static_range(N >> (b + 1)):
+            pairs = pairs + (tl.reshape(tl.join(parts[2 * i], parts[2 * i + 1]), [WIDTH, 2 << b]),)
+        parts = pairs
+    return parts[0]
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _scan_dense_kernel(
+    x_ptr,
+    before_ptr,
+    out_ptr,
+    num_rows,
+    n,
+    segments,
+    row_size,
+    row_stride,
+    row_step,
+    HOW: tl.constexpr,
+    STAGE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TWO_ROWS: tl.constexpr,
+    CONVERT: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """``_scan_kernel`` of dense rows: each thread loads and stores UNROLL elements of its segment at a time."""
+    lane = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    row, segment = lane // segments, lane % segments
+    live = row < num_rows
+    first = segment * SEGMENT
+    left = tl.where(live, tl.minimum(n - first, SEGMENT), 0)
+    p = x_ptr + row_offsets(row, row_size, row_stride, row_step, TWO_ROWS) + first
+    to = out_ptr + row * n + first
+    running = tl.full([WIDTH], _start(HOW), COMPUTE)
+    if before_ptr is not None:
+        running = tl.load(before_ptr + segment * num_rows + row, mask=live, other=0.0)
+    running = tl.expand_dims(running, 1)
+    for i in range(0, tl.minimum(n, SEGMENT), UNROLL):
+        k = (i + tl.arange(0, UNROLL))[None, :]
+        mask = k < left[:, None]
+        tile = tl.load(p[:, None] + k, mask=mask, other=_start(HOW)).to(CONVERT)
+        columns = _columns_of(tile, WIDTH, UNROLL)
+        found = ()
+        for j in tl.static_range(UNROLL):
+            running = _step(running, columns[_reversed_bits(j, UNROLL)].to(COMPUTE), HOW)
+            found = found + (running.to(CONVERT),)
+        if STAGE == "inclusive":
+            results = ()
+            for j in tl.static_range(UNROLL):
+                results = results + (found[_reversed_bits(j, UNROLL)],)
+            tl.store(to[:, None] + k, _tile_of(results, WIDTH, UNROLL), mask=mask)
+    if STAGE == "total":
+        tl.store(out_ptr + segment * num_rows + row, tl.reshape(running, [WIDTH]), mask=live)
+
+
 # -- Plans ------------------------------------------------------------------------------------------------------------
+
+_VECTOR_BYTES = 16
+"""What a thread loads at once where elements lie next to each other."""
 
 Step = Callable[[Tensor, Tensor], None]
 """Scans a tensor into a contiguous result."""
@@ -118,6 +209,7 @@ class Rows:
     n: int
     step: int
     inner: int
+    itemsize: int
     device: torch.device
 
 
@@ -127,13 +219,16 @@ def plan_scan(at: Rows, how: str, convert: torch.dtype, compute: torch.dtype, st
     segments, rows, index = triton.cdiv(at.n, order.segment), at.rows.count, at.device.index
     schedule = schedule_for(rows * segments)
 
+    dense = at.inner == 1 and at.step == 1 and stage == "inclusive"
+    unroll = _VECTOR_BYTES // at.itemsize if dense else schedule.unroll
+
     def launch(stage: str) -> Launch:
         return Launch(
-            _scan_kernel,
+            _scan_dense_kernel if dense else _scan_kernel,
             (triton.cdiv(rows * segments, schedule.width),),
-            (rows, at.n, segments, at.inner, at.step, *at.rows.walk),
+            (rows, at.n, segments, *(() if dense else (at.inner, at.step)), *at.rows.walk),
             (
-                *(how, stage, order.segment, schedule.unroll, schedule.width, at.rows.two),
+                *(how, stage, order.segment, unroll, schedule.width, at.rows.two),
                 *(triton_type(convert), triton_type(compute)),
             ),
             schedule.warps,
@@ -144,7 +239,7 @@ def plan_scan(at: Rows, how: str, convert: torch.dtype, compute: torch.dtype, st
         return lambda x, out: whole(index, x, None, out)
     totals_of = launch("total")
     # Totals are [segment, row]: rows side by side.
-    of_totals = Rows(Level(rows, 1, 0, 1, False), segments, rows, rows, at.device)
+    of_totals = Rows(Level(rows, 1, 0, 1, False), segments, rows, rows, compute.itemsize, at.device)
     scan_totals = plan_scan(of_totals, how, compute, compute, "exclusive")
 
     def run(x: Tensor, out: Tensor) -> None:
@@ -162,7 +257,7 @@ def _rows_of(x: Tensor, dim: int) -> Rows | None:
     walk = Level.of([place for d, place in enumerate(where) if d != dim])
     if walk is None:
         return None
-    return Rows(walk, x.shape[dim], x.stride(dim), x.shape[dim + 1 :].numel(), x.device)
+    return Rows(walk, x.shape[dim], x.stride(dim), x.shape[dim + 1 :].numel(), x.element_size(), x.device)
 
 
 # -- The ops ----------------------------------------------------------------------------------------------------------

@@ -27,17 +27,18 @@ def compilation(
 
     split = isinstance(schedule, SplitSchedule)
     kernel = split_kernel if split else tile_kernel
-    tma = not split and schedule.tma
+    tma = schedule.tma
     name, order = _NAMES[dtype], gpu_order_for(depth, dtype)
     wide = "fp64" if dtype == torch.float64 else "fp32"
     (e1, s1), (e2, s2), s3 = order.splits
     constants: dict[str, Any] = dict(
         BM=schedule.rows, BN=order.block, BD=depth, BDV=depth, EVEN=True, EVEN_V=True, LANES=order.lanes, MASK=mask,
-        CAUSAL=causal, HIDDEN=-1e38, TMA=tma, STAGES=schedule.stages, FLAGGED=False,
+        CAUSAL=causal, HIDDEN=-1e38, TMA=tma, STAGES=schedule.stages, FLAGGED=0,
         DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, E1=e1, S1=s1, E2=e2, S2=s2, S3=s3,
     )  # fmt: skip
     if split:
         del constants["FLAGGED"]
+        constants["PARTS"] = schedule.parts
     signature = {a: "i32:16" for a in kernel.arg_names if a not in constants}
     signature |= {a: "i32" for a in _LOOSE if a in signature}
     signature |= {a: f"*{wide}:16" for a in ("lse_ptr", "part_ptr", "stats_ptr") if a in signature}

@@ -44,7 +44,7 @@ def _strides(p: Problem, info: RowInfo) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-def _tile_constants(p: Problem, schedule: TileSchedule, flagged: bool) -> tuple[Any, ...]:
+def _tile_constants(p: Problem, schedule: TileSchedule, flagged: int) -> tuple[Any, ...]:
     tail = p.tail(schedule.tma, schedule.stages)
     return (schedule.rows, *tail[:-5], flagged, *tail[-5:])
 
@@ -59,7 +59,7 @@ def run_tiles(p: Problem, schedule: TileSchedule) -> tuple[Tensor, Tensor]:
         tile_kernel, (batch * heads, triton.cdiv(queries, schedule.rows)),
         (p.q, k, v, p.mask if p.mask is not None else p.q, info.first, info.hole, info.last, out, lse, p.q),
         (queries, p.k.shape[2], heads, p.k.shape[1], *p.scales), _strides(p, info),
-        _tile_constants(p, schedule, False), schedule.warps, schedule.stages,
+        _tile_constants(p, schedule, 0), schedule.warps, schedule.stages,
     )  # fmt: skip
     return out, lse
 
@@ -74,11 +74,14 @@ def run_splits(p: Problem, schedule: SplitSchedule) -> tuple[Tensor, Tensor]:
     part = torch.empty((splits, num_rows, value_depth), dtype=lse.dtype, device=lse.device)
     stats = torch.empty((splits, num_rows, 2), dtype=lse.dtype, device=lse.device)
     group = heads // kv_heads
-    tail = p.tail(False, schedule.stages)
+    tail = p.tail(schedule.tma, schedule.stages)
+    k, v = descriptors(p) if schedule.tma else (p.k, p.v)
     launch(
-        split_kernel, (splits, batch * kv_heads, triton.cdiv(queries * group, schedule.rows)),
-        (p.q, p.k, p.v, p.mask if p.mask is not None else p.q, info.first, info.hole, info.last, part, stats),
-        (queries, keys, heads, kv_heads, num_rows, *p.scales), _strides(p, info), (schedule.rows, *tail),
+        split_kernel,
+        (triton.cdiv(splits, schedule.parts), batch * kv_heads, triton.cdiv(queries * group, schedule.rows)),
+        (p.q, k, v, p.mask if p.mask is not None else p.q, info.first, info.hole, info.last, part, stats),
+        (queries, keys, heads, kv_heads, num_rows, *p.scales), _strides(p, info),
+        (schedule.parts, schedule.rows, *tail),
         schedule.warps, schedule.stages,
     )  # fmt: skip
     launch(
@@ -143,11 +146,12 @@ def run_hopper(p: Problem, schedule: HopperSchedule) -> tuple[Tensor, Tensor]:
         4, 1, maxnreg=168,
     )  # fmt: skip
     if looks_twice:
-        careful = TileSchedule(rows=ROWS, warps=4, stages=1)
+        # Nearly always no flag is set, so a program looks at several.
+        careful, flagged = TileSchedule(rows=ROWS, warps=4, stages=1), 8
         launch(
-            tile_kernel, (batch * heads, groups),
+            tile_kernel, (batch * heads, triton.cdiv(groups, flagged)),
             (p.q, p.k, p.v, mask, info.first, info.hole, info.last, out, lse, flags), (*sizes, *p.scales),
-            _strides(p, info), _tile_constants(p, careful, True), careful.warps, careful.stages,
+            _strides(p, info), _tile_constants(p, careful, flagged), careful.warps, careful.stages,
         )  # fmt: skip
     return out, lse
 

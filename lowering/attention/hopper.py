@@ -97,13 +97,9 @@ def _weigh(
 
 
 @gluon.jit
-def _onto_parts(
-    M, W, m, w, acc, merged, parts, ROWS: gl.constexpr, LANES: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr
-):
-    """The sums of a split that has ended, merged with those before it, which ``parts`` holds if ``merged`` > 0."""
-    sums = gl.convert_layout(gl.reshape(_fold(w, ROWS, LANES, 1), [ROWS]), gl.SliceLayout(1, SCORES))
-    before = gl.where(merged > 0, parts.load(OUT), 0.0)
-    return _merge(M, W, before, m, sums, acc, OUT)
+def _all_lanes(w, ROWS: gl.constexpr, LANES: gl.constexpr, SCORES: gl.constexpr):
+    """The lanes of the weights' sum added up, one number for each row."""
+    return gl.convert_layout(gl.reshape(_fold(w, ROWS, LANES, 1), [ROWS]), gl.SliceLayout(1, SCORES))
 
 
 @gluon.jit
@@ -163,8 +159,12 @@ def _consume(
             acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
             mbarrier.arrive(v_free.index(stage), count=1)
             if ends:
-                M, W, total = _onto_parts(M, W, m, w, acc, merged, parts, ROWS, LANES, SCORES, OUT)
-                parts.store(total)
+                if merged == 0:
+                    M, W = m, _all_lanes(w, ROWS, LANES, SCORES)
+                    parts.store(acc)
+                else:
+                    M, W, total = _merge(M, W, parts.load(OUT), m, _all_lanes(w, ROWS, LANES, SCORES), acc, OUT)
+                    parts.store(total)
                 merged += 1
                 acc = gl.zeros([ROWS, BD], gl.float32, layout=OUT)
             acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OUT))[:, None]
@@ -184,8 +184,12 @@ def _consume(
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_free.index(stage), count=1)
             if _ends_split(i * BN, E1, S1, E2, S2, S3) and i > 0:
-                M, W, total = _onto_parts(M, W, m, w, acc, merged, parts, ROWS, LANES, SCORES, OUT)
-                parts.store(total)
+                if merged == 0:
+                    M, W = m, _all_lanes(w, ROWS, LANES, SCORES)
+                    parts.store(acc)
+                else:
+                    M, W, total = _merge(M, W, parts.load(OUT), m, _all_lanes(w, ROWS, LANES, SCORES), acc, OUT)
+                    parts.store(total)
                 merged += 1
                 m = gl.full([ROWS], float("-inf"), gl.float32, layout=R)
                 w = gl.zeros([ROWS, LANES], gl.float32, layout=SUMS)
@@ -200,7 +204,12 @@ def _consume(
             acc = warpgroup_mma(weights, v_smem.index(stage), acc, is_async=True)
             acc, weights = warpgroup_mma_wait(0, deps=[acc, weights])
             mbarrier.arrive(v_free.index(stage), count=1)
-    M, W, total = _onto_parts(M, W, m, w, acc, merged, parts, ROWS, LANES, SCORES, OUT)
+    sums = _all_lanes(w, ROWS, LANES, SCORES)
+    total = acc
+    if merged == 0:
+        M, W = m, sums
+    else:
+        M, W, total = _merge(M, W, parts.load(OUT), m, sums, acc, OUT)
     some = gl.where(W == 0.0, 1.0, W)
     inverse = gl.div_rn(gl.full([ROWS], 1.0, gl.float32, layout=R), some)
     y = total * gl.convert_layout(inverse, gl.SliceLayout(1, OUT))[:, None] + 0.0

@@ -162,14 +162,17 @@ def seen_and_bias(
 
 @triton.jit
 def walk(
-    M, W, Y, m, w, acc, q, k_p, v_p, b, hk, anchor, start, stop, k_n, v_n, depth, value_depth, c,
-    mask_row, query, alive, mask_k, hidden,
+    M, W, Y, m, w, acc, part, q, k_p, v_p, b, hk, anchor, start, stop, k_n, v_n, depth, value_depth, c,
+    mask_row, query, alive, mask_k, hidden, part_ptr, stats_ptr, num_rows, row_id,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
-    LANES: tl.constexpr, ALL: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, MERGE: tl.constexpr,
+    LANES: tl.constexpr, ALL: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, PARTS: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr,
     E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
 ):  # fmt: skip
-    """Blocks of keys from ``start`` to ``stop``; ALL: every row sees all of them.  MERGE: splits end on the way."""
+    """Blocks of keys from ``start`` to ``stop``; ALL: every row sees all of them.
+
+    Where a split ends, its sums are merged with those before it or, with PARTS, stored as number ``part``.
+    """
     for n in tl.range(start, stop, BN, num_stages=STAGES):
         if ALL:
             k = load_rows(k_p, b, hk, n, None, k_n, depth, BN, BD, EVEN, TMA)
@@ -181,13 +184,30 @@ def walk(
             seen, bias = seen_and_bias(mask_row, n, query, stop, alive, mask_k, hidden, BM, BN, MASK, CAUSAL, m.dtype)
             how: tl.constexpr = "biased" if MASK == "additive" else "some"
             m, w, acc = step(q, k, v, m, w, acc, c, bias, seen, BM, BN, LANES, how)
-        if MERGE:
-            if ends_split(n - anchor + BN, E1, S1, E2, S2, S3):
+        if ends_split(n - anchor + BN, E1, S1, E2, S2, S3):
+            if PARTS:
+                store_part(part_ptr, stats_ptr, part, num_rows, row_id, alive, m, w, acc, value_depth, BM, BDV, LANES)
+                part += 1
+            else:
                 M, W, Y = merge(M, W, Y, m, fold_all(w, BM, LANES), acc)
-                m = tl.full([BM], float("-inf"), m.dtype)
-                w = tl.zeros([BM, LANES], m.dtype)
-                acc = tl.zeros([BM, BDV], m.dtype)
-    return M, W, Y, m, w, acc
+            m = tl.full([BM], float("-inf"), m.dtype)
+            w = tl.zeros([BM, LANES], m.dtype)
+            acc = tl.zeros([BM, BDV], m.dtype)
+    return M, W, Y, m, w, acc, part
+
+
+@triton.jit
+def store_part(
+    part_ptr, stats_ptr, part, num_rows, row_id, rows, m, w, acc, value_depth, BM: tl.constexpr, BDV: tl.constexpr,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """Store the sums of split number ``part`` for ``rows``."""
+    at = tl.cast(part, tl.int64) * num_rows + row_id
+    cols = tl.arange(0, BDV)
+    mask = rows[:, None] & (cols < value_depth)[None, :]
+    tl.store(part_ptr + at[:, None] * value_depth + cols[None, :], acc, mask=mask)
+    tl.store(stats_ptr + at * 2, m, mask=rows)
+    tl.store(stats_ptr + at * 2 + 1, fold_all(w, BM, LANES), mask=rows)
 
 
 @triton.jit
@@ -213,15 +233,15 @@ def tile_pass(
     w = tl.zeros([BM, LANES], DTYPE)
     acc = tl.zeros([BM, BDV], DTYPE)
     whole = start_of(anchor, whole, BN)
-    M, W, Y, m, w, acc = walk(
-        M, W, Y, m, w, acc, q, k_p, v_p, b, hk, anchor, anchor, whole, k_n, v_n, depth, value_depth, c,
-        mask_row, query, rows, mask_k, HIDDEN, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK != "additive",
-        MASK, CAUSAL, True, TMA, STAGES, E1, S1, E2, S2, S3,
+    M, W, Y, m, w, acc, _ = walk(
+        M, W, Y, m, w, acc, 0, q, k_p, v_p, b, hk, anchor, anchor, whole, k_n, v_n, depth, value_depth, c,
+        mask_row, query, rows, mask_k, HIDDEN, q, q, 0, query, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK != "additive",
+        MASK, CAUSAL, False, TMA, STAGES, E1, S1, E2, S2, S3,
     )  # fmt: skip
-    M, W, Y, m, w, acc = walk(
-        M, W, Y, m, w, acc, q, k_p, v_p, b, hk, anchor, whole, stop, k_n, v_n, depth, value_depth, c,
-        mask_row, query, rows, mask_k, HIDDEN, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, False,
-        MASK, CAUSAL, True, TMA, 1, E1, S1, E2, S2, S3,
+    M, W, Y, m, w, acc, _ = walk(
+        M, W, Y, m, w, acc, 0, q, k_p, v_p, b, hk, anchor, whole, stop, k_n, v_n, depth, value_depth, c,
+        mask_row, query, rows, mask_k, HIDDEN, q, q, 0, query, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, False,
+        MASK, CAUSAL, False, TMA, 1, E1, S1, E2, S2, S3,
     )  # fmt: skip
     M, W, Y = merge(M, W, Y, m, fold_all(w, BM, LANES), acc)
     store_rows(M, W, Y, out_row, lse_row, BDV, value_depth, rows)
@@ -248,13 +268,45 @@ def tile_kernel(
 ):  # fmt: skip
     """BM queries of one head over all their keys.  Grid: (batch * heads, tiles of queries), the last tile first.
 
-    FLAGGED: only the tiles whose flag is set.
+    FLAGGED > 0: grid (batch * heads, groups of FLAGGED tiles), and only the tiles whose flag is set.
     """
-    bh = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    if FLAGGED:
-        if tl.load(flag_ptr + bh * tl.num_programs(1) + tile) == 0:
-            return
+    if FLAGGED > 0:
+        tiles = (queries + BM - 1) // BM
+        bh = tl.program_id(0)
+        first_tile = tl.program_id(1) * FLAGGED
+        mine = first_tile + tl.arange(0, FLAGGED)
+        flags = tl.load(flag_ptr + bh * tiles + mine, mask=mine < tiles, other=0)
+        if tl.max(flags, 0) > 0:
+            for tile in range(first_tile, tl.minimum(first_tile + FLAGGED, tiles)):
+                if tl.load(flag_ptr + bh * tiles + tile) > 0:
+                    one_tile(
+                        bh, tile, q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, out_ptr, lse_ptr,
+                        queries, keys, heads, kv_heads, c_high, c_low,
+                        q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h,
+                        depth, value_depth, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES,
+                        DTYPE, E1, S1, E2, S2, S3,
+                    )  # fmt: skip
+    else:
+        one_tile(
+            tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1), q_ptr, k_p, v_p, mask_ptr, first_ptr,
+            hole_ptr, last_ptr, out_ptr, lse_ptr, queries, keys, heads, kv_heads, c_high, c_low,
+            q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth,
+            value_depth, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE,
+            E1, S1, E2, S2, S3,
+        )  # fmt: skip
+
+
+@triton.jit
+def one_tile(
+    bh, tile, q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, out_ptr, lse_ptr,
+    queries, keys, heads, kv_heads, c_high, c_low,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth, value_depth,
+    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
+    LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, TMA: tl.constexpr,
+    STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+):  # fmt: skip
+    """Tile number ``tile`` of head ``bh``."""
     b = bh // heads
     h = bh % heads
     hk = h // (heads // kv_heads)
@@ -345,37 +397,34 @@ def reciprocal(x):
 
 @triton.jit
 def split_pass(
-    split, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query, mask_k,
+    part, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query, mask_k,
     part_ptr, stats_ptr, num_rows, row_id,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
-    LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, TMA: tl.constexpr,
-    STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr,
+    EVEN_V: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
     E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
 ):  # fmt: skip
-    """``rows`` of a tile over one split of their keys, whose sums are stored."""
-    start = anchor + split_start(split, E1, S1, E2, S2, S3)
-    stop = tl.minimum(stop, anchor + split_start(split + 1, E1, S1, E2, S2, S3))
+    """``rows`` of a tile over PARTS splits of their keys from number ``part`` on; each split's sums are stored."""
+    start = anchor + split_start(part, E1, S1, E2, S2, S3)
+    stop = tl.minimum(stop, anchor + split_start(part + PARTS, E1, S1, E2, S2, S3))
     if start < stop:
         m = tl.full([BM], float("-inf"), DTYPE)
         w = tl.zeros([BM, LANES], DTYPE)
         acc = tl.zeros([BM, BDV], DTYPE)
         whole = tl.maximum(start_of(anchor, tl.minimum(whole, stop), BN), start)
-        _, _, _, m, w, acc = walk(
-            m, m, acc, m, w, acc, q, k_p, v_p, b, hk, anchor, start, whole, k_n, v_n, depth, value_depth, c,
-            mask_row, query, rows, mask_k, HIDDEN, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK != "additive",
-            MASK, CAUSAL, False, TMA, STAGES, E1, S1, E2, S2, S3,
+        _, _, _, m, w, acc, part = walk(
+            m, m, acc, m, w, acc, part, q, k_p, v_p, b, hk, anchor, start, whole, k_n, v_n, depth, value_depth, c,
+            mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, num_rows, row_id, BM, BN, BD, BDV, EVEN,
+            EVEN_V, LANES, MASK != "additive", MASK, CAUSAL, True, TMA, STAGES, E1, S1, E2, S2, S3,
         )  # fmt: skip
-        _, _, _, m, w, acc = walk(
-            m, m, acc, m, w, acc, q, k_p, v_p, b, hk, anchor, whole, stop, k_n, v_n, depth, value_depth, c,
-            mask_row, query, rows, mask_k, HIDDEN, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, False,
-            MASK, CAUSAL, False, TMA, 1, E1, S1, E2, S2, S3,
+        _, _, _, m, w, acc, part = walk(
+            m, m, acc, m, w, acc, part, q, k_p, v_p, b, hk, anchor, whole, stop, k_n, v_n, depth, value_depth, c,
+            mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, num_rows, row_id, BM, BN, BD, BDV, EVEN,
+            EVEN_V, LANES, False, MASK, CAUSAL, True, TMA, 1, E1, S1, E2, S2, S3,
         )  # fmt: skip
-        at = tl.cast(split, tl.int64) * num_rows + row_id
-        cols = tl.arange(0, BDV)
-        mask = rows[:, None] & (cols < value_depth)[None, :]
-        tl.store(part_ptr + at[:, None] * value_depth + cols[None, :], acc, mask=mask)
-        tl.store(stats_ptr + at * 2, m, mask=rows)
-        tl.store(stats_ptr + at * 2 + 1, fold_all(w, BM, LANES), mask=rows)
+        # Blocks that reach past ``stop`` may have ended the last split; else it is stored here.
+        if anchor + split_start(part, E1, S1, E2, S2, S3) < stop:
+            store_part(part_ptr, stats_ptr, part, num_rows, row_id, rows, m, w, acc, value_depth, BM, BDV, LANES)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads", "num_rows"])
@@ -383,16 +432,18 @@ def split_kernel(
     q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, part_ptr, stats_ptr,
     queries, keys, heads, kv_heads, num_rows, c_high, c_low,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth, value_depth,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
-    LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, TMA: tl.constexpr,
-    STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr,
+    EVEN_V: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
     E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
 ):  # fmt: skip
-    """BM rows, which are the queries of a group of heads, over one split.  Grid: (splits, batch * kv heads, tiles).
+    """BM rows, which are the queries of a group of heads, over PARTS splits.
+
+    Grid: (splits / PARTS, batch * kv heads, tiles).
 
     Row ``r`` is query ``r // group`` under the group's head ``r % group``: heads that share keys share their loads.
     """
-    split = tl.program_id(0)
+    part = tl.program_id(0) * PARTS
     bh = tl.program_id(1)
     b = bh // kv_heads
     hk = bh % kv_heads
@@ -416,9 +467,9 @@ def split_kernel(
             stop = tl.minimum(keys, tl.max(tl.where(alive, query, 0), 0) + 1)
             whole = tl.minimum(keys, tl.min(query, 0) + 1)
         split_pass(
-            split, 0, whole, stop, alive, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, query, query, mask_k,
-            part_ptr, stats_ptr, num_rows, row_id, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA,
-            STAGES, DTYPE, E1, S1, E2, S2, S3,
+            part, 0, whole, stop, alive, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, query, query, mask_k,
+            part_ptr, stats_ptr, num_rows, row_id, PARTS, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN,
+            TMA, STAGES, DTYPE, E1, S1, E2, S2, S3,
         )  # fmt: skip
     else:
         mask_row = mask_ptr + b64 * mask_b + h.to(tl.int64) * mask_h + query.to(tl.int64) * mask_q
@@ -432,8 +483,8 @@ def split_kernel(
             stop = tl.max(tl.where(rows, last, 0), 0)
             whole = tl.min(tl.where(rows, hole, keys), 0)
             split_pass(
-                split, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row,
-                query, mask_k, part_ptr, stats_ptr, num_rows, row_id, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK,
+                part, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row,
+                query, mask_k, part_ptr, stats_ptr, num_rows, row_id, PARTS, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK,
                 CAUSAL, HIDDEN, TMA, STAGES, DTYPE, E1, S1, E2, S2, S3,
             )  # fmt: skip
             anchor = tl.min(tl.where(first > anchor, first, keys), 0)

@@ -77,7 +77,7 @@ def gpu_order_for(depth: int, dtype: torch.dtype) -> GpuAttentionOrder:
         block = 32
     else:
         block = 128 if depth <= 128 else 64
-    return GpuAttentionOrder(block=block, lanes=8, splits=((4096, 512), (16384, 1024), 2048))
+    return GpuAttentionOrder(block=block, lanes=8, splits=((16384, 512), (65536, 1024), 2048))
 
 
 HIDDEN_BELOW = {

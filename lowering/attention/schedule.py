@@ -31,17 +31,21 @@ class TileSchedule:
 
 @dataclass(frozen=True)
 class SplitSchedule:
-    """One program takes ``rows`` queries, of all heads that share keys, over one split; another kernel merges.
+    """One program takes ``rows`` queries, of all heads that share keys, over ``parts`` splits; another kernel merges.
 
     Attributes:
         rows: queries times heads of one program.
         warps: warps of one program.
         stages: blocks of keys in flight.
+        parts: splits that one program takes one after the other.
+        tma: whether keys and values come by TMA (sm_90 and newer).
     """
 
     rows: int
     warps: int
     stages: int
+    parts: int = 1
+    tma: bool = False
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ def eager(*, allow: Iterable[str] = (), on_refused: Literal["error", "warn"] = "
     """Run uncompiled code with batch-invariant lowerings, in this thread, until the context is left.
 
     Covers what surrounds a compiled model: a sampling loop, a metric, the code between two graphs.  May be nested and
-    is undone by exceptions.  Backward passes that run inside the context are covered too.
+    is undone by exceptions.  Backward passes that run inside the context are covered too.  On a GPU, an elementwise
+    function is compiled when it is first met with a dtype, which takes about a second.
 
     Args:
         allow: op names, such as ``"aten.multinomial"``, that the caller takes responsibility for.
@@ -72,7 +73,7 @@ def eager(*, allow: Iterable[str] = (), on_refused: Literal["error", "warn"] = "
 
     Raises:
         UnsupportedOpError: an op inside is not proven, and not allowed.
-        NativeBuildError: the CPU kernels cannot be built.
+        NativeBuildError: an op inside computes on the CPU, and the CPU kernels cannot be built.
     """
     mode = _LoweringMode(frozenset(allow), on_refused)
     with intercept_attention(), enable_python_dispatcher(), mode:
@@ -144,12 +145,17 @@ def _prepare(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     for device in {x.device for x in tensors}:
         if reason := _unsupported(device):
             raise UnsupportedOpError(f"bicompile.eager(): a tensor is on {device}: {reason}")
-    load_for(x.device for x in tensors if x.is_floating_point())
-    return any(x.is_cuda for x in tensors)
+    on_gpu = any(x.is_cuda for x in tensors)
+    if not on_gpu:  # what meets a GPU's tensor on the CPU is a number, or copied
+        load_for(x.device for x in tensors if x.is_floating_point())
+    return on_gpu
 
 
 def _runs_as_it_is(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], on_gpu: bool) -> bool:
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    real = any(t.is_floating_point() or t.is_complex() for t in tensors)
+    if on_gpu and real and func in (aten.max.default, aten.max.dim, aten.min.default, aten.min.dim):
+        return False  # of 0.0 and -0.0 either, where compiled code takes a certain one
     if on_gpu and op_name(func) in _FREE_TIES and func not in (aten.median.default, aten.nanmedian.default):
         return bool(kwargs.get("stable"))
     if exact_by_name(func) or is_view(func):
@@ -159,7 +165,6 @@ def _runs_as_it_is(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, An
     if torch.Tag.nondeterministic_seeded in func.tags:
         return False
     name = op_name(func).rstrip("_")
-    real = any(t.is_floating_point() or t.is_complex() for t in tensors)
     if any(t.is_complex() for t in tensors):
         return False
     if name in (_CORRECTLY_ROUNDED_ON_GPU if on_gpu else _CORRECTLY_ROUNDED):

@@ -153,7 +153,10 @@ def _index_put_accumulate(self: Tensor, indices: Sequence[Tensor | None], values
 
 
 def _one_index_per_dim(self: Tensor, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Masks become the coordinates of their true elements; dims without an index get None."""
+    """Masks become the coordinates of their true elements; dims without an index get None.
+
+    Those are counted first, so on a GPU a mask waits for it, and cannot be captured in a CUDA graph.
+    """
     by_dim: list[Tensor | None] = []
     for index in indices:
         if index is None or index.dtype not in (torch.bool, torch.uint8):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,47 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a token is drawn from scores: see ``SeededSampler``.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(
+                "seeded sampling: expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1, got "
+                f"temperature={self.temperature}, top_k={self.top_k}, top_p={self.top_p}"
+            )
+
+    def leave_one(self, scores: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+        """``scores`` ``[rows, vocabulary]`` with -inf for every token but the drawn one of each row, which gets 0.
+
+        ``seeds`` and ``positions`` are ``[rows]``, int64.
+        """
+        with covered():
+            token = self._draw(scores.float(), seeds, positions)
+        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
+
+    def _draw(self, scores: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+        """The index of each row's token, ``[rows, 1]``."""
+        if self.temperature == 0:
+            return scores.argmax(-1, keepdim=True)
+        scores = scores / self.temperature
+        if 0 < self.top_k < scores.shape[1]:
+            least = scores.topk(self.top_k, dim=-1).values[:, -1:]
+            scores = scores.masked_fill(scores < least, float("-inf"))
+        if self.top_p < 1:
+            scores = _keep_top_p(scores, self.top_p)
+        return (scores + gumbel(seeds, positions, scores.shape[1])).argmax(-1, keepdim=True)
 
 
 class SeededSampler:
@@ -58,13 +100,8 @@ class SeededSampler:
     ) -> None:
         if not all(0 <= seed < 2**64 for seed in seeds):
             raise ValueError(f"SeededSampler: expected seeds from 0 to 2**64 - 1, got {list(seeds)}")
-        if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
-            raise ValueError(
-                "SeededSampler: expected temperature >= 0, top_k >= 0 and 0 < top_p <= 1, "
-                f"got {temperature=}, {top_k=}, {top_p=}"
-            )
+        self.settings = Drawing(temperature, top_k, top_p)
         self.seeds = list(seeds)
-        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -85,22 +122,8 @@ class SeededSampler:
                 f"SeededSampler: expected at least the {self.prompt_length} tokens of the first call, got "
                 f"{input_ids.shape[1]}; make a new sampler for each generate()"
             )
-        with covered():
-            token = self._draw(scores.float(), position)
-        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
-
-    def _draw(self, scores: Tensor, position: int) -> Tensor:
-        """The index of each row's token, ``[rows, 1]``."""
-        if self.temperature == 0:
-            return scores.argmax(-1, keepdim=True)
-        scores = scores / self.temperature
-        if 0 < self.top_k < scores.shape[1]:
-            least = scores.topk(self.top_k, dim=-1).values[:, -1:]
-            scores = scores.masked_fill(scores < least, float("-inf"))
-        if self.top_p < 1:
-            scores = _keep_top_p(scores, self.top_p)
         seeds = torch.tensor(_signed(self.seeds), device=scores.device)
-        return (scores + gumbel(seeds, position, scores.shape[1])).argmax(-1, keepdim=True)
+        return self.settings.leave_one(scores, seeds, torch.full_like(seeds, position))
 
 
 def _signed(seeds: Sequence[int]) -> list[int]:
@@ -116,30 +139,30 @@ def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
     return scores.masked_fill(behind.scatter(1, index, behind), float("-inf"))
 
 
-def gumbel(seeds: Tensor, position: int, vocabulary: int) -> Tensor:
-    """Gumbel noise ``[rows, vocabulary]`` in fp32 for one position of rows with ``seeds`` ``[rows]`` (int64).
+def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
+    """Gumbel noise ``[rows, vocabulary]`` in fp32 for one position of each row; both arguments ``[rows]``, int64.
 
     Numerics: the bits below are exact on every device; the logarithms are those of the device's lowering.
     """
     # Integers need no lowering, and a dispatch mode would cost more than they do.
     with contextlib.nullcontext() if torch.compiler.is_compiling() else _disable_current_modes():
-        words = philox(seeds, position, -(-vocabulary // 4))[:, :vocabulary]
+        words = philox(seeds, positions, -(-vocabulary // 4))[:, :vocabulary]
     # (2 w + 1) / 2**33, in (0, 1): fp32 is finest near 0, which is where the greatest noise comes from.
     uniform = ((2 * words + 1).float() * 2.0**-33).clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))
 
 
-def philox(seeds: Tensor, position: int, blocks: int) -> Tensor:
+def philox(seeds: Tensor, positions: Tensor, blocks: int) -> Tensor:
     """Philox4x32-10 words, ``[rows, 4 * blocks]``, each a number below 2**32 in int64.
 
-    The key is the row's seed (int64, low word first), the counter is (block, 0, position's low and high word).
+    The key is the row's seed (low word first), the counter is (block, 0, low and high word of the row's position).
     """
-    block = torch.arange(blocks, device=seeds.device)
+    block = torch.arange(blocks, device=seeds.device).expand(len(seeds), -1)
     factors, steps = (torch.tensor(pair, device=seeds.device).view(2, 1, 1) for pair in (_MULTIPLIERS, _KEY_STEPS))
     key = torch.stack([seeds & _WORD, (seeds >> 32) & _WORD]).unsqueeze(-1)  # [2, rows, 1]
-    # Words 0 and 2 of the counter, which a round multiplies, and words 1 and 3: [2, rows or 1, blocks].
-    multiplied = torch.stack([block, torch.full_like(block, position & _WORD)]).unsqueeze(1)
-    other = torch.stack([torch.zeros_like(block), torch.full_like(block, position >> 32)]).unsqueeze(1)
+    low, high = ((positions >> shift & _WORD).unsqueeze(1).expand_as(block) for shift in (0, 32))
+    # Words 0 and 2 of the counter, which a round multiplies, and words 1 and 3: [2, rows, blocks].
+    multiplied, other = torch.stack([block, low]), torch.stack([torch.zeros_like(block), high])
     for _ in range(_ROUNDS):
         product = multiplied * factors  # modulo 2**64, as torch.int64 multiplies
         multiplied = ((product >> 32) & _WORD).flip(0) ^ other ^ key

@@ -45,13 +45,19 @@ def _block(seed: int, position: int, block: int) -> list[int]:
 
 def test_philox_gives_the_published_numbers():
     """The known answer for counter 0 and key 0 of Random123's test vectors."""
-    assert philox(torch.tensor([0]), 0, 1)[0].tolist() == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox(torch.tensor([0]), torch.tensor([0]), 1)[0].tolist() == [
+        0x6627E8D5,
+        0xE169C58D,
+        0xBC57AC4C,
+        0x9B00DBD8,
+    ]
 
 
-@given(seeds=st.lists(SEEDS, min_size=1, max_size=4), position=st.integers(0, 2**33), blocks=st.integers(1, 5))
-def test_philox_is_exact_for_every_key_and_counter(seeds: list[int], position: int, blocks: int):
-    words = philox(torch.tensor([_int64(seed) for seed in seeds]), position, blocks)
-    assert words.tolist() == [sum((_block(s, position, b) for b in range(blocks)), []) for s in seeds]
+@given(rows=st.lists(st.tuples(SEEDS, st.integers(0, 2**33)), min_size=1, max_size=4), blocks=st.integers(1, 5))
+def test_philox_is_exact_for_every_key_and_counter(rows: list[tuple[int, int]], blocks: int):
+    seeds, positions = [_int64(seed) for seed, _ in rows], [position for _, position in rows]
+    words = philox(torch.tensor(seeds), torch.tensor(positions), blocks)
+    assert words.tolist() == [sum((_block(*row, b) for b in range(blocks)), []) for row in rows]
 
 
 @given(
@@ -72,15 +78,15 @@ def test_row_draws_the_same_token_in_any_batch(seeds, vocabulary, position, sett
 
 
 def test_noise_is_the_same_inside_and_outside_of_eager():
-    seeds = torch.tensor([1, 2, 3])
+    seeds, positions = torch.tensor([1, 2, 3]), torch.tensor([3, 0, 2])
     sampler = [SeededSampler([1, 2, 3], top_p=0.9) for _ in range(2)]
     ids, scores = torch.zeros(3, 5), torch.randn(3, 301)
     plain = sampler[0](ids, scores)
     with bicompile.eager():
         assert same_bits(sampler[1](ids, scores), plain)
-        inside = gumbel(seeds, 3, 301)
-        assert same_bits(gumbel(seeds[1:2], 3, 301)[0], inside[1])
-        assert same_bits(gumbel(seeds, 3, 77), inside[:, :77])  # a token's noise does not follow the vocabulary
+        inside = gumbel(seeds, positions, 301)
+        assert same_bits(gumbel(seeds[1:2], positions[1:2], 301)[0], inside[1])
+        assert same_bits(gumbel(seeds, positions, 77), inside[:, :77])  # a token's noise does not follow the vocabulary
 
 
 def _frequencies(scores: list[float], draws: int = 40_000, **settings: float) -> Tensor:

@@ -17,7 +17,7 @@ from transformers_zoo import CAUSAL, Causal, tokens
 import bicompile
 from bicompile.sampling import SeededSampler
 from bicompile.testing import same_bits
-from bicompile.transformers import cover
+from bicompile.transformers import cover, seed_requests
 
 NEW = 20  # with the prompts, more than the window of the sliding layers
 PROMPTS = [tokens(1, n, seed=n)[0] for n in (12, 5, 30)]
@@ -141,6 +141,35 @@ def test_continuous_batching_says_what_generate_says(name: str):
         )
         said = [answer.generated_tokens for answer in answers.values()]
         assert said == [tokens[0].tolist() for tokens, _ in alone], f"{tokens_of_a_step=}"
+
+
+def test_continuous_batching_samples_by_the_seed_of_each_request():
+    """What ``generate`` samples with that seed, in steps that mix requests, and with seeds beyond 32 bits."""
+    module = CAUSAL["llama"].build()
+    seeds, how = [3, 2**63 + 5, 77], {"temperature": 0.8, "top_p": 0.9}
+    with bicompile.eager():
+        alone = []
+        for row, seed in enumerate(seeds):
+            processors = transformers.LogitsProcessorList([SeededSampler([seed], **how)])
+            alone.append(_answers(module, [row], logits_processor=processors)[0][0].tolist())
+    greedy = transformers.GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    settings = transformers.ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=16)
+    manager = cover(module).init_continuous_batching(greedy, settings)
+    seed_requests(manager, **how)
+    manager.start()
+    try:
+        wanted = [manager.add_request(PROMPTS[row].tolist(), seed=seeds[row]) for row in MIXED]
+        said = [manager.get_result(request, timeout=120).generated_tokens for request in wanted]
+    finally:
+        manager.stop(block=True)
+    assert said == [alone[row] for row in MIXED]
+
+
+def test_manager_that_samples_by_itself_is_refused():
+    sampled = transformers.GenerationConfig(do_sample=True, eos_token_id=-1)
+    manager = CAUSAL["llama"].build().init_continuous_batching(sampled)
+    with pytest.raises(ValueError, match="do_sample=False"):
+        seed_requests(manager)
 
 
 def test_paged_attention_outside_of_generate_batch_says_what_to_do():

@@ -73,8 +73,8 @@ def test_logits_are_the_same_over_batches_padding_chunks_and_caches(name: str):
 
 
 def test_sampler_draws_the_bits_it_draws_on_a_cpu_and_rows_draw_alone():
-    seeds = torch.tensor([1, -2, 2**40])
-    assert same_bits(philox(seeds.cuda(), 3, 50).cpu(), philox(seeds, 3, 50))
+    seeds, positions = torch.tensor([1, -2, 2**40]), torch.tensor([0, 3, 2**33])
+    assert same_bits(philox(seeds.cuda(), positions.cuda(), 50).cpu(), philox(seeds, positions, 50))
     scores, ids = torch.randn(3, 3001, device="cuda"), torch.zeros(3, 4, device="cuda")
     whole = SeededSampler([1, 2, 3], temperature=0.8, top_p=0.9)(ids, scores)
     alone = SeededSampler([2], temperature=0.8, top_p=0.9)(ids[1:2], scores[1:2])

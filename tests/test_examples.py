@@ -32,12 +32,12 @@ def test_generate_keeps_every_logit(capsys):
     assert "stock: 0 of" not in stock
 
 
-def test_sampled_requests_get_one_answer(capsys, monkeypatch):
+def test_sampled_requests_get_one_answer_for_each_seed(capsys, monkeypatch):
     pytest.importorskip("transformers")
-    few = ["--model", "random", "--requests", "8", "--largest", "4", "--tokens", "6"]
+    few = ["--model", "random", "--requests", "8", "--seeds", "2", "--largest", "4", "--tokens", "6"]
     monkeypatch.setattr("sys.argv", ["04_thousand_completions.py", *few])
     output = _output("04_thousand_completions.py", capsys)
-    assert "batch_invariant: 1 different answers to 8 requests" in output
+    assert "batch_invariant: 2 different answers to 8 requests" in output
     assert "stock: " in output
 
 

@@ -19,6 +19,7 @@ from transformers_zoo import CAUSAL, padded, tokens
 import bicompile
 from bicompile.testing import same_bits
 from bicompile.transformers.attention import attend, attention_forward
+from bicompile.transformers.registration import register_on_import
 
 HEADS, KV_HEADS, DEPTH = 4, 2, 16
 
@@ -212,6 +213,12 @@ def _python(code: str) -> str:
 
 def test_name_is_known_when_transformers_comes_later_and_the_import_system_is_as_it_was():
     assert _python(WATCHED + CHECK) == "batch_invariant True"
+
+
+def test_an_older_transformers_warns_and_stays_importable(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "transformers.masking_utils", None)
+    with pytest.warns(UserWarning, match="older than 5"):
+        register_on_import()
 
 
 def test_name_is_known_when_transformers_was_first():

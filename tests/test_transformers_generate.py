@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 
 import transformers
 from torch import Tensor
-from transformers_zoo import CAUSAL, Causal, tokens
+from transformers_zoo import CAUSAL, Causal, t5, tokens
 
 import bicompile
 from bicompile.sampling import SeededSampler
@@ -105,6 +105,28 @@ def test_beam_search_finds_the_same_in_any_company():
         alone = [_answers(module, [row], **settings)[0] for row in range(len(PROMPTS))]
         together, _ = _answers(module, MIXED, padding=2, **settings)
     assert [said.tolist() for said in together] == [alone[row][0].tolist() for row in MIXED]
+
+
+def test_t5_says_the_same_beside_longer_questions():
+    module, longest = t5(), max(map(len, PROMPTS))
+
+    def answers(rows: Sequence[int], padding: int = 0, **settings: Any) -> Tensor:
+        ids = torch.zeros(len(rows), longest + padding, dtype=torch.long)
+        for i, row in enumerate(rows):
+            ids[i, : len(PROMPTS[row])] = PROMPTS[row]
+        ids = ids[:, : max(len(PROMPTS[row]) for row in rows) + padding]
+        fixed = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+        out = module.generate(
+            ids, attention_mask=(ids != 0).long(), return_dict_in_generate=True, output_logits=True, **fixed, **settings
+        )
+        return torch.stack(out.logits, dim=1)
+
+    with torch.no_grad(), bicompile.eager():
+        alone = [answers([row])[0] for row in range(len(PROMPTS))]
+        for settings in ({}, {"cache_implementation": "static", "disable_compile": True}):
+            together = answers(MIXED, padding=3, **settings)
+            for i, row in enumerate(MIXED):
+                assert same_bits(together[i], alone[row]), f"{row=} {settings=}"
 
 
 def test_sampled_text_does_not_depend_on_company_padding_or_assistant():

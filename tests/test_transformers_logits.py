@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 import transformers
 from torch import Tensor
-from transformers_zoo import CAUSAL, SIZES, SPECIAL, VOCABULARY, Causal, in_chunks, padded, tokens
+from transformers_zoo import CAUSAL, SIZES, SPECIAL, VOCABULARY, Causal, in_chunks, padded, t5, tokens
 
 import bicompile
 from bicompile.testing import differing_bits, same_bits
@@ -137,24 +137,9 @@ def test_bert_keeps_its_bits_over_batches_and_padding(dtype: torch.dtype):
             assert same_bits(hidden[:, :LENGTH], whole[:3]), f"{padding=}"
 
 
-def _t5(dtype: torch.dtype) -> Any:
-    config = transformers.T5Config(
-        vocab_size=VOCABULARY,
-        d_model=64,
-        d_ff=200,
-        d_kv=16,
-        num_heads=4,
-        num_layers=1,
-        decoder_start_token_id=0,
-        attn_implementation="batch_invariant",
-        **{**SPECIAL, "eos_token_id": 2},
-    )
-    return transformers.T5ForConditionalGeneration(config).to(dtype).eval()
-
-
 @each_dtype
 def test_t5_keeps_its_bits_with_padding_at_the_encoder_and_decode_steps(dtype: torch.dtype):
-    module, asked, said = _t5(dtype), tokens(3, LENGTH), tokens(3, 24, seed=2)
+    module, asked, said = t5(dtype), tokens(3, LENGTH), tokens(3, 24, seed=2)
     with torch.no_grad(), bicompile.eager():
         plain = module(input_ids=asked, decoder_input_ids=said).logits
         assert same_bits(module(input_ids=asked[1:2], decoder_input_ids=said[1:2]).logits, plain[1:2])

@@ -91,6 +91,22 @@ CAUSAL = {
 }
 
 
+def t5(dtype: torch.dtype = torch.float32) -> Any:
+    """A T5 of one layer a side, in eval mode."""
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=64,
+        d_ff=200,
+        d_kv=16,
+        num_heads=4,
+        num_layers=1,
+        decoder_start_token_id=0,
+        attn_implementation="batch_invariant",
+        **{**SPECIAL, "eos_token_id": 2},
+    )
+    return transformers.T5ForConditionalGeneration(config).to(dtype).eval()
+
+
 def tokens(num_rows: int, length: int, seed: int = 1) -> Tensor:
     """``[num_rows, length]`` of ordinary tokens."""
     return torch.randint(3, VOCABULARY, (num_rows, length), generator=torch.Generator().manual_seed(seed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -35,9 +36,20 @@ def register() -> None:
 def register_on_import() -> None:
     """Register now if transformers is loaded, else as soon as it is; do nothing where it never is."""
     if _TABLES in sys.modules:
-        register()
+        _register_or_warn()
     elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watcher())
+
+
+def _register_or_warn() -> None:
+    """An older transformers must stay importable beside us."""
+    try:
+        register()
+    except ImportError as error:
+        warnings.warn(
+            f'attn_implementation="{NAME}" is not available, because transformers is older than 5: {error}',
+            stacklevel=2,
+        )
 
 
 class _Watcher(MetaPathFinder):
@@ -64,6 +76,6 @@ def _register_after(spec: ModuleSpec) -> None:
     def execute_and_register(module: ModuleType) -> None:
         del loader.exec_module  # the class's own method again
         execute(module)
-        register()
+        _register_or_warn()
 
     loader.exec_module = execute_and_register  # type: ignore[method-assign]

@@ -27,7 +27,7 @@ from torch._ops import OpOverload
 aten = torch.ops.aten
 _HALVES = (torch.bfloat16, torch.float16)
 # Windows of more elements are summed by a kernel of their own instead of one addition for each.
-_MOST_TAPS = 64
+_MOST_TAPS = 16
 
 
 # -- Views ------------------------------------------------------------------------------------------------------------

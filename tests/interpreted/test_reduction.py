@@ -34,9 +34,11 @@ def spread(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 
 def layouts(x: Tensor) -> list[Tensor]:
-    """``x`` as it is, where no dim is dense, and where another one is."""
-    found = [x, torch.stack([x, x], -1)[..., 0]]
-    return [*found, x.T.contiguous().T] if x.dim() == 2 and x.numel() < 2000 else found
+    """``x`` as it is, where no dim is dense, and where another one is; a large one only as it is."""
+    if x.numel() > 5000:
+        return [x]
+    strided = torch.stack([x, x], -1)[..., 0]
+    return [x, strided, x.T.contiguous().T] if x.dim() == 2 else [x, strided]
 
 
 @pytest.mark.parametrize(("shape", "dim"), SHAPES)

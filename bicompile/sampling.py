@@ -158,7 +158,8 @@ def philox(seeds: Tensor, positions: Tensor, blocks: int) -> Tensor:
     The key is the row's seed (low word first), the counter is (block, 0, low and high word of the row's position).
     """
     block = torch.arange(blocks, device=seeds.device).expand(len(seeds), -1)
-    factors, steps = (torch.tensor(pair, device=seeds.device).view(2, 1, 1) for pair in (_MULTIPLIERS, _KEY_STEPS))
+    is_first = torch.arange(2, device=seeds.device).view(2, 1, 1) == 0  # constants without a copy to the device
+    factors, steps = torch.where(is_first, *_MULTIPLIERS), torch.where(is_first, *_KEY_STEPS)
     key = torch.stack([seeds & _WORD, (seeds >> 32) & _WORD]).unsqueeze(-1)  # [2, rows, 1]
     low, high = ((positions >> shift & _WORD).unsqueeze(1).expand_as(block) for shift in (0, 32))
     # Words 0 and 2 of the counter, which a round multiplies, and words 1 and 3: [2, rows, blocks].

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import matmul
+from . import attention, matmul
 
-TUNERS = {"matmul": matmul}
+TUNERS = {"attention": attention, "matmul": matmul}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,16 @@ from .backward_kernels import key_kernel, query_kernel
 from .hopper import ROWS, hopper_kernel
 from .kernels import split_kernel, tile_kernel
 from .order import gpu_order_for
-from .schedule import BackwardSchedule, HopperSchedule, SplitSchedule, TileSchedule
+from .schedule import (
+    REFERENCE,
+    REFERENCE_BACKWARD,
+    TABLES,
+    BackwardSchedule,
+    HopperSchedule,
+    SplitSchedule,
+    TileSchedule,
+    read_table,
+)
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 _LOOSE = ("queries", "keys", "heads", "kv_heads", "num_rows")
@@ -51,7 +60,15 @@ def compilation(
     if mask != "none":
         constants["mask_k"] = 1
     label = f"attention {name} {depth} {mask}{' causal' if causal else ''} {schedule}"
-    return Compilation(label, kernel, signature, constants, schedule.warps, schedule.stages, needs=90 if tma else 80)
+    return Compilation(
+        label,
+        kernel,
+        signature,
+        constants,
+        schedule.warps,
+        schedule.stages,
+        needs=90 if tma or schedule in (TileSchedule(128, 8, 2), *_tuned_splits()) else 80,
+    )
 
 
 def backward_compilations(
@@ -108,5 +125,31 @@ def hopper_compilation(
 
 
 def aot_cases() -> Iterator[Compilation]:
-    """Every schedule, with the masks and depths it meets."""
-    yield compilation(TileSchedule(128, 8, 2, True), torch.bfloat16, 128, causal=True)
+    """Every schedule, with the depths and masks it meets."""
+    half, quarter = torch.bfloat16, torch.float16
+    tiles = [REFERENCE, TileSchedule(64, 8, 2), TileSchedule(64, 8, 1)]
+    splits = [SplitSchedule(16, 4, 1), SplitSchedule(16, 4, 2), SplitSchedule(32, 8, 2), *_tuned_splits()]
+    backward = [BackwardSchedule(64, 64, 32, 4, 2), *_tuned_backward()]
+    for mask, causal in (("none", False), ("none", True), ("bool", False), ("additive", False)):
+        for schedule in (*tiles, TileSchedule(128, 8, 2, True), TileSchedule(128, 8, 2), *splits):
+            yield compilation(schedule, half, 128, mask, causal=causal)
+        for schedule in backward:
+            yield from backward_compilations(schedule, half, 128, mask, causal=causal)
+        if mask != "additive":
+            yield from (hopper_compilation(HopperSchedule(2, True), d, mask, causal=causal) for d in (64, 128))
+    for dtype, depth in ((quarter, 64), (half, 32), (half, 256), (torch.float32, 128), (torch.float64, 64)):
+        for schedule in (REFERENCE, SplitSchedule(16, 4, 1)):
+            yield compilation(schedule, dtype, depth, causal=True)
+        yield from backward_compilations(REFERENCE_BACKWARD, dtype, depth, causal=True)
+    yield compilation(TileSchedule(32, 8, 1), half, 256, causal=True)
+    yield compilation(SplitSchedule(32, 8, 2), half, 256, causal=True)
+    yield from backward_compilations(BackwardSchedule(64, 32, 32, 8, 1), half, 256, causal=True)
+
+
+def _tuned_splits() -> list[SplitSchedule]:
+    """What the tables prefer on any architecture."""
+    return list(dict.fromkeys(s for path in sorted(TABLES.glob("*.json")) for s in read_table(path).splits.values()))
+
+
+def _tuned_backward() -> list[BackwardSchedule]:
+    return list(dict.fromkeys(read_table(path).backward for path in sorted(TABLES.glob("*.json"))))

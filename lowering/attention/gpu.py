@@ -147,7 +147,7 @@ def run_hopper(p: Problem, schedule: HopperSchedule) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
     if looks_twice:
         # Nearly always no flag is set, so a program looks at several.
-        careful, flagged = TileSchedule(rows=ROWS, warps=4, stages=1), 8
+        careful, flagged = TileSchedule(rows=ROWS, warps=8, stages=1), 8
         launch(
             tile_kernel, (batch * heads, triton.cdiv(groups, flagged)),
             (p.q, p.k, p.v, mask, info.first, info.hole, info.last, out, lse, flags), (*sizes, *p.scales),
@@ -186,7 +186,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, 
     device = device_key(q.device.index)
     candidates: list[Schedule] = []
     if wants_split(queries, heads // k.shape[1], keys, batch * heads, device.num_sms):
-        candidates += split_schedules(rows, p.widths, q.dtype, device)
+        programs = num_splits(p.order, keys) * batch * k.shape[1]
+        schedules = split_schedules(rows, programs, p.widths, q.dtype, device)
+        candidates += [s for s in schedules if not s.tma or (takes_tma(p.k) and takes_tma(p.v))]
     else:
         if takes_hopper(p, device.capability):
             candidates += hopper_schedules(queries)

@@ -103,7 +103,7 @@ def _sum(x: Tensor, outer: int, length: int, inner: int) -> Tensor:
     return out
 
 
-def _probe(p: Problem, schedule: BackwardSchedule) -> tuple[Tensor, ...]:
+def probe(p: Problem, schedule: BackwardSchedule) -> tuple[Tensor, ...]:
     """The gradients of ``p`` for a gradient that is the output itself."""
     out, lse = run_tiles(p, REFERENCE)
     return run_backward(p, out, out, lse, p.scale, False, schedule)[:3]
@@ -124,6 +124,6 @@ def sdpa_backward(
     schedule = REFERENCE_BACKWARD
     if not INTERPRETED:
         candidates = backward_schedules(p.widths, q.dtype, device_key(q.device.index))
-        schedule = choose(p, tuple(candidates), REFERENCE_BACKWARD, _probe, _probe)
+        schedule = choose(p, tuple(candidates), REFERENCE_BACKWARD, probe, probe)
     dq, dk, dv, dmask = run_backward(p, grad, out, lse, scale, mask_grad, schedule)
     return dq, dk, dv, dmask.view(mask.shape) if mask is not None and mask_grad else dmask

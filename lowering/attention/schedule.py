@@ -5,7 +5,10 @@ No schedule can change a bit that admission has not compared: blocks and splits 
 
 from __future__ import annotations
 
+import functools
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -63,6 +66,8 @@ class HopperSchedule:
 
 Schedule = TileSchedule | SplitSchedule | HopperSchedule
 
+TABLES = Path(__file__).parent / "tables"
+
 REFERENCE = TileSchedule(rows=16, warps=4, stages=1)
 
 
@@ -84,23 +89,18 @@ def tile_schedules(queries: int, widths: tuple[int, int], dtype: torch.dtype, de
     """Schedules for tiles, the best first; ``widths`` are the padded depths of keys and values."""
     if dtype.itemsize > 2:
         return [REFERENCE]
-    hopper = device.capability[0] >= 9
-    wide = [TileSchedule(128, 8, 2, tma=True), TileSchedule(128, 8, 2)] if hopper else []
-    small = [TileSchedule(64, 4, 2), TileSchedule(64, 4, 1)]
-    return (wide if queries > 64 else []) + small + [REFERENCE]
+    if max(widths) > 128:
+        return [TileSchedule(32, 8, 1), REFERENCE]
+    # Eight warps: with four, the registers of 64 rows spill.
+    small = [TileSchedule(64, 8, 2), TileSchedule(64, 8, 1), REFERENCE]
+    if device.capability[0] >= 9 and queries > 64:
+        return [TileSchedule(128, 8, 2, tma=True), TileSchedule(128, 8, 2), *small]
+    return small
 
 
 def hopper_schedules(queries: int) -> list[HopperSchedule]:
     """Schedules of the kernel of sm_90, the best first."""
     return [HopperSchedule(stages=2, overlap=True)] if queries > 64 else []
-
-
-def split_schedules(rows: int, widths: tuple[int, int], dtype: torch.dtype, device: DeviceKey) -> list[SplitSchedule]:
-    """Schedules for splits, the best first; ``rows`` is queries times heads of a group."""
-    if dtype.itemsize > 2:
-        return [SplitSchedule(16, 4, 1)]
-    tile = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    return [SplitSchedule(tile, 4, 2), SplitSchedule(16, 4, 1)]
 
 
 @dataclass(frozen=True)
@@ -125,8 +125,66 @@ class BackwardSchedule:
 REFERENCE_BACKWARD = BackwardSchedule(queries=16, keys=16, step=16, warps=4, stages=1)
 
 
+@dataclass(frozen=True)
+class Table:
+    """What was found fastest on one architecture.
+
+    Attributes:
+        splits: by ``load_of``, schedules of 16 rows.
+        backward: for heads up to 128 deep.
+    """
+
+    splits: dict[str, SplitSchedule]
+    backward: BackwardSchedule
+
+
+@functools.cache
+def read_table(path: Path) -> Table:
+    """The table in a file."""
+    body = json.loads(path.read_text())
+    splits = {load: SplitSchedule(rows=16, **entry) for load, entry in body["splits"].items()}
+    return Table(splits, BackwardSchedule(**body["backward"]))
+
+
+def table_of(device: DeviceKey) -> Table | None:
+    """The table of a device's architecture, if there is one."""
+    path = TABLES / f"sm_{device.capability[0]}{device.capability[1]}.json"
+    return read_table(path) if path.exists() else None
+
+
+def split_schedules(
+    rows: int, programs: int, widths: tuple[int, int], dtype: torch.dtype, device: DeviceKey
+) -> list[SplitSchedule]:
+    """Schedules for splits, the best first.
+
+    Args:
+        rows: queries times heads of a group.
+        programs: splits times batch times heads of keys.
+        widths: the padded depths of keys and values.
+    """
+    reference = SplitSchedule(16, 4, 1)
+    if dtype.itemsize > 2:
+        return [reference]
+    if max(widths) > 128:
+        return [SplitSchedule(16, 4, 2) if rows <= 16 else SplitSchedule(32, 8, 2), reference]
+    if rows > 16:
+        return [SplitSchedule(32, 8, 2), reference]
+    # The table was measured for one tile of 16 rows, as decoding has it.
+    table = table_of(device)
+    preferred = [s for load, s in table.splits.items() if load == load_of(programs, device.num_sms)] if table else []
+    return [*preferred, SplitSchedule(16, 4, 2), reference]
+
+
+def load_of(programs: int, num_sms: int) -> str:
+    """How the table names a number of programs of splits."""
+    return "few" if programs < 2 * num_sms else "some" if programs < 8 * num_sms else "many"
+
+
 def backward_schedules(widths: tuple[int, int], dtype: torch.dtype, device: DeviceKey) -> list[BackwardSchedule]:
-    """Schedules of the backward kernels, the best first."""
+    """Schedules of the backward kernels, the best first; ``widths`` are the padded depths of keys and values."""
     if dtype.itemsize > 2:
         return [REFERENCE_BACKWARD]
-    return [BackwardSchedule(64, 64, 32, 4, 2), REFERENCE_BACKWARD]
+    if max(widths) > 128:
+        return [BackwardSchedule(64, 32, 32, 8, 1), REFERENCE_BACKWARD]
+    preferred = [table.backward] if (table := table_of(device)) else []
+    return [*preferred, BackwardSchedule(64, 64, 32, 4, 2), REFERENCE_BACKWARD]

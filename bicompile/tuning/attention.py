@@ -7,12 +7,13 @@ lowest product of times goes into the table of this architecture.  Heads of dept
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     times: dict[str, dict[Any, list[float]]] = {}
     for (batch, keys), load in zip(DECODE, _loads(key.num_sms), strict=True):
         p = _problem(batch, 1, keys)
-        runs = {s: lambda s=s, p=p: gpu.run(p, s) for s in SPLITS if _admits_split(s)}
+        runs = {s: functools.partial(gpu.run, p, s) for s in SPLITS if _admits_split(s)}
         for schedule, us in _timed(runs, arguments.ms).items():
             times.setdefault(load, {}).setdefault(schedule, []).append(us)
             print(f"decode B={batch} S={keys} ({load}) {schedule}: {us:.1f} us", flush=True)
@@ -156,7 +157,7 @@ def _problem(batch: int, queries: int, keys: int) -> Problem:
     return problem_of("sdpa", randn(32, queries), randn(8, keys), randn(8, keys), None, queries > 1, 128**-0.5)
 
 
-def _timed(runs: dict[Any, Callable[[], object]], ms: float) -> dict[Any, float]:
+def _timed(runs: Mapping[Any, Callable[[], object]], ms: float) -> dict[Any, float]:
     names = dict(zip(map(str, itertools.count()), runs, strict=False))
     timings = gpu_interleaved({name: runs[schedule] for name, schedule in names.items()}, ms=ms)
     return {schedule: timings[name].median_us for name, schedule in names.items()}

@@ -45,7 +45,7 @@ def compilation(
         CAUSAL=causal, HIDDEN=-1e38, TMA=tma, STAGES=schedule.stages, FLAGGED=0,
         DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, E1=e1, S1=s1, E2=e2, S2=s2, S3=s3,
     )  # fmt: skip
-    if split:
+    if isinstance(schedule, SplitSchedule):
         del constants["FLAGGED"]
         constants["PARTS"] = schedule.parts
     signature = {a: "i32:16" for a in kernel.arg_names if a not in constants}
@@ -127,19 +127,24 @@ def hopper_compilation(
 def aot_cases() -> Iterator[Compilation]:
     """Every schedule, with the depths and masks it meets."""
     half, quarter = torch.bfloat16, torch.float16
-    tiles = [REFERENCE, TileSchedule(64, 8, 2), TileSchedule(64, 8, 1)]
-    splits = [SplitSchedule(16, 4, 1), SplitSchedule(16, 4, 2), SplitSchedule(32, 8, 2), *_tuned_splits()]
+    tiles: list[TileSchedule | SplitSchedule] = [REFERENCE, TileSchedule(64, 8, 2), TileSchedule(64, 8, 1)]
+    splits: list[TileSchedule | SplitSchedule] = [
+        SplitSchedule(16, 4, 1),
+        SplitSchedule(16, 4, 2),
+        SplitSchedule(32, 8, 2),
+        *_tuned_splits(),
+    ]
     backward = [BackwardSchedule(64, 64, 32, 4, 2), *_tuned_backward()]
     for mask, causal in (("none", False), ("none", True), ("bool", False), ("additive", False)):
         for schedule in (*tiles, TileSchedule(128, 8, 2, True), TileSchedule(128, 8, 2), *splits):
             yield compilation(schedule, half, 128, mask, causal=causal)
-        for schedule in backward:
-            yield from backward_compilations(schedule, half, 128, mask, causal=causal)
+        for kernels in backward:
+            yield from backward_compilations(kernels, half, 128, mask, causal=causal)
         if mask != "additive":
             yield from (hopper_compilation(HopperSchedule(2, True), d, mask, causal=causal) for d in (64, 128))
     for dtype, depth in ((quarter, 64), (half, 32), (half, 256), (torch.float32, 128), (torch.float64, 64)):
-        for schedule in (REFERENCE, SplitSchedule(16, 4, 1)):
-            yield compilation(schedule, dtype, depth, causal=True)
+        yield compilation(REFERENCE, dtype, depth, causal=True)
+        yield compilation(SplitSchedule(16, 4, 1), dtype, depth, causal=True)
         yield from backward_compilations(REFERENCE_BACKWARD, dtype, depth, causal=True)
     yield compilation(TileSchedule(32, 8, 1), half, 256, causal=True)
     yield compilation(SplitSchedule(32, 8, 2), half, 256, causal=True)

@@ -146,14 +146,23 @@ def run_hopper(p: Problem, schedule: HopperSchedule) -> tuple[Tensor, Tensor]:
         4, 1, maxnreg=168,
     )  # fmt: skip
     if looks_twice:
-        # Nearly always no flag is set, so a program looks at several.
-        careful, flagged = TileSchedule(rows=ROWS, warps=8, stages=1), 8
-        launch(
-            tile_kernel, (batch * heads, triton.cdiv(groups, flagged)),
-            (p.q, p.k, p.v, mask, info.first, info.hole, info.last, out, lse, flags), (*sizes, *p.scales),
-            _strides(p, info), _tile_constants(p, careful, flagged), careful.warps, careful.stages,
-        )  # fmt: skip
+        run_flagged(p, info, ROWS, flags, out, lse)
     return out, lse
+
+
+def run_flagged(p: Problem, info: RowInfo, rows: int, flags: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Compute again, with the care of ``tile_kernel``, the tiles of ``rows`` queries whose flag is set.
+
+    ``flags`` is [batch * heads, tiles], int32.  Nearly always none is set, so a program looks at several.
+    """
+    batch, heads, queries, _ = p.q.shape
+    schedule, at_once = TileSchedule(rows, warps=8, stages=1), 8
+    launch(
+        tile_kernel, (batch * heads, triton.cdiv(triton.cdiv(queries, rows), at_once)),
+        (p.q, p.k, p.v, p.mask if p.mask is not None else p.q, info.first, info.hole, info.last, out, lse, flags),
+        (queries, p.k.shape[2], heads, p.k.shape[1], *p.scales), _strides(p, info),
+        _tile_constants(p, schedule, at_once), schedule.warps, schedule.stages,
+    )  # fmt: skip
 
 
 def takes_tma(t: Tensor) -> bool:

@@ -25,6 +25,7 @@ def run_backward(
     wide = TYPES[p.q.dtype]
     num_rows = batch * heads * queries
     grad, out = (t if t.stride(3) == 1 or value_depth <= 1 else t.contiguous() for t in (grad, out))
+    lse = lse.contiguous()
     delta = torch.empty_like(lse)
     launch(
         delta_kernel, (triton.cdiv(num_rows, 16),), (grad, out, delta), (queries, heads, num_rows),

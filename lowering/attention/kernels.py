@@ -566,7 +566,10 @@ def rows_kernel(
         if MASK == "bool":
             seen = inside & (tl.load(at, mask=inside, other=0) != 0)
         else:
-            seen = inside & ((tl.load(at, mask=inside, other=0.0) <= HIDDEN) == 0)
+            bias = tl.load(at, mask=inside, other=0.0)
+            if bias.dtype != tl.float64:
+                bias = bias.to(tl.float32)
+            seen = inside & ((bias <= HIDDEN) == 0)
         index = tl.zeros([ROWS, COLS], tl.int32) + key[None, :]
         first = tl.minimum(first, tl.min(tl.where(seen, index, keys), 1))
         last = tl.maximum(last, tl.max(tl.where(seen, index + 1, 0), 1))

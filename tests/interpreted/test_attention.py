@@ -119,6 +119,21 @@ def test_value_that_is_not_finite_reaches_only_the_rows_that_see_it():
         assert torch.equal(out[:, :, 11:, 5:], clean[:, :, 11:, 5:])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_only_flagged_tiles_are_computed_again(causal: bool):
+    """Among them tiles that look regular, past the first group of flags."""
+    q, k, v = inputs(torch.float32, queries=150, keys=24)
+    p = gpu.problem_of("sdpa", q, k, v, None, causal, SCALE)
+    wanted, wanted_lse = gpu.run_tiles(p, REFERENCE)
+    out, lse = torch.full_like(wanted, 7.0), torch.full_like(wanted_lse, 7.0)
+    flags = torch.zeros(2, 10, dtype=torch.int32)
+    flags[0, [1, 9]] = flags[1, 4] = 1
+    gpu.run_flagged(p, gpu.row_info(p), 16, flags, out, lse)
+    flagged = flags.bool().repeat_interleave(16, 1)[None, :, :150]
+    assert torch.equal(out, torch.where(flagged[..., None], wanted, 7.0))
+    assert torch.equal(lse, torch.where(flagged, wanted_lse, 7.0))
+
+
 def test_splits_grow_and_are_counted_alike():
     order = gpu_order_for(128, torch.bfloat16)
     (e1, s1), (e2, s2), s3 = order.splits

@@ -9,6 +9,7 @@ passes know: their *normal form*.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -169,16 +170,23 @@ def _self_attention(
 ) -> Tensor:
     """Self-attention over ``x`` [N, L, E] as ``F.multi_head_attention_forward`` composes it."""
     batch, length = x.shape[0], x.shape[1]
-    packed = F.linear(x, qkv_weight, qkv_bias)
-    q, k, v = packed.unflatten(-1, (3, num_heads, embed_dim // num_heads)).permute(2, 0, 3, 1, 4)
-    attend = None
-    if mask is not None:
-        # mask types of torch/nn/modules/activation.py: 0 [L, L], 1 [N, L], 2 [N, heads, L, L]; True means hidden
-        hidden = mask.view(1, 1, length, length) if mask_type == 0 else mask
-        hidden = mask.view(batch, 1, 1, length) if mask_type == 1 else hidden
-        attend = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden.to(torch.bool), float("-inf"))
-    y = scaled_dot_product_attention(q, k, v, attend)
+    q, k, v = _heads_of(F.linear(x, qkv_weight, qkv_bias), num_heads)
+    y = scaled_dot_product_attention(q, k, v, _additive(mask, mask_type, batch, length, x.dtype))
     return F.linear(y.transpose(1, 2).reshape(batch, length, embed_dim), proj_weight, proj_bias)
+
+
+def _heads_of(packed: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values ``[N, heads, L, depth]`` from their joint projection ``[N, L, 3 E]``."""
+    return packed.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _additive(mask: Tensor | None, mask_type: int | None, batch: int, length: int, dtype: torch.dtype) -> Tensor | None:
+    """The mask types of torch/nn/modules/activation.py, 0 [L, L], 1 [N, L] and 2 [N, heads, L, L], True for hidden."""
+    if mask is None:
+        return None
+    hidden = mask.view(1, 1, length, length) if mask_type == 0 else mask
+    hidden = mask.view(batch, 1, 1, length) if mask_type == 1 else hidden
+    return torch.zeros_like(hidden, dtype=dtype).masked_fill(hidden.to(torch.bool), float("-inf"))
 
 
 def _native_attention(
@@ -197,14 +205,27 @@ def _native_attention(
     mask_type: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``nn.MultiheadAttention``'s fused inference path, which PyTorch takes for self-attention without weights."""
-    if need_weights or query is not key or key is not value:
+    if query is not key or key is not value:
         raise UnsupportedOpError(
-            "aten._native_multi_head_attention: expected self-attention without weights, got "
-            f"need_weights={need_weights}. Call nn.MultiheadAttention with need_weights=False, or turn the fused "
+            "aten._native_multi_head_attention: expected self-attention, got other keys or values. Turn the fused "
             "path off with torch.backends.mha.set_fastpath_enabled(False)."
         )
-    y = _self_attention(query, embed_dim, num_head, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type)
-    return y, query.new_empty(0)
+    if not need_weights:
+        y = _self_attention(query, embed_dim, num_head, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type)
+        return y, query.new_empty(0)
+    batch, length = query.shape[0], query.shape[1]
+    q, k, v = _heads_of(F.linear(query, qkv_weight, qkv_bias), num_head)
+    scores = (q * math.sqrt(1.0 / q.shape[-1])) @ k.transpose(2, 3)
+    if (hidden := _additive(mask, mask_type, batch, length, query.dtype)) is not None:
+        scores = hidden + scores
+    weights = scores.softmax(-1)
+    y = F.linear((weights @ v).transpose(1, 2).reshape(batch, length, embed_dim), proj_weight, proj_bias)
+    return y, weights.mean(1) if average_attn_weights else weights
+
+
+def _never_left_aligned(x: Tensor, mask: Tensor) -> bool:
+    """``nn.TransformerEncoder`` then keeps its padded batch instead of making a nested tensor of it."""
+    return False
 
 
 def _first_extremum(arg: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -265,6 +286,7 @@ _NORMAL_FORMS: dict[OpOverload, Callable[..., Any]] = {
     aten._fused_rms_norm_backward.default: _fused_rms_norm_backward,
     aten._transformer_encoder_layer_fwd.default: _encoder_layer,
     aten._native_multi_head_attention.default: _native_attention,
+    aten._nested_tensor_from_mask_left_aligned.default: _never_left_aligned,
     # F.scaled_dot_product_attention never gets this far: bicompile.interception replaces it above autograd.
     **{
         packet.default: _refuse_attention(str(packet))

@@ -94,14 +94,15 @@ def _columns(x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations
     # [N, G, C/G, *positions, *kernel] -> [G, N, *positions, C/G, *kernel]
     order = [1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)]
     windows = windows.permute(order)
-    return windows.reshape(groups, math.prod(windows.shape[1 : 2 + dims]), -1)
+    # Sizes are said, not left to be inferred: what comes out of a quotient of unknown sizes is hard to reason about.
+    return windows.reshape(groups, math.prod(windows.shape[1 : 2 + dims]), math.prod(windows.shape[2 + dims :]))
 
 
 def _rows(x: Tensor, groups: int) -> Tensor:
     """``x`` [N, C, *S] as [groups, N * S, C / groups]."""
     split = x.unflatten(1, (groups, -1))
     split = split.permute(1, 0, *range(3, split.dim()), 2)
-    return split.reshape(groups, -1, split.shape[-1])
+    return split.reshape(groups, math.prod(split.shape[1:-1]), split.shape[-1])
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -123,10 +124,14 @@ def _convolve(
         y = _convolve_depthwise(x, weight, strides, dilations)
     else:
         columns = _columns(x, kernel, strides, dilations, groups)
-        # [G, rows, O/G] -> [N, O, *positions]
+        # [G, rows, O/G] -> [G, N, *positions, O/G] -> [N, G, O/G, *positions] -> [N, O, *positions]
         product = _matmul(columns, weight.reshape(groups, outputs // groups, -1).transpose(1, 2))
         split = product.view(groups, x.shape[0], *positions, outputs // groups)
-        y = split.permute(1, 0, split.dim() - 1, *range(2, split.dim() - 1)).flatten(1, 2)
+        y = split.permute(1, 0, split.dim() - 1, *range(2, split.dim() - 1))
+        if groups == 1:
+            y = y.squeeze(1)
+        else:  # contiguous first: whether a view can join the groups is hard to say where sizes are unknown
+            y = y.contiguous().view(x.shape[0], outputs, *positions)
     if channels_last:
         return y.contiguous(memory_format=torch.channels_last if y.dim() == 4 else torch.channels_last_3d)
     return y.contiguous()

@@ -28,6 +28,9 @@ from bicompile.testing import same_bits
 ops = torch.ops.bicompile
 KINDS = [(torch.bfloat16, 128), (torch.float16, 64), (torch.float32, 40)]
 every_kind = pytest.mark.parametrize(("dtype", "depth"), KINDS, ids=str)
+main_kind = pytest.mark.parametrize(("dtype", "depth"), KINDS[:1], ids=str)
+ERRORS = [*KINDS, (torch.bfloat16, 80), (torch.bfloat16, 256), (torch.float64, 64)]
+"""Dtypes and depths whose values are checked."""
 SCALE = 0.1
 
 
@@ -92,8 +95,11 @@ def _prepare(case: tuple[torch.dtype, int, str, int]) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
     """Compile in parallel what would otherwise be compiled one by one."""
-    cases = [(*kind, mask, n) for kind in KINDS for mask in ("bool", "causal", "none") for n in (700, 0, 16, 1)]
-    cases += [(*kind, "additive", n) for kind in KINDS for n in (700, 1)]
+    first, *others = KINDS
+    cases = [(*first, mask, n) for mask in ("bool", "causal", "none") for n in (700, 0, 16, 1)]
+    cases += [(*first, "additive", n) for n in (700, 1)]
+    cases += [(*kind, *case) for kind in others for case in (("causal", 700), ("bool", 700), ("bool", 16), ("none", 1))]
+    cases += [(dtype, depth, "causal", 0) for dtype, depth in ERRORS]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(min(12, os.cpu_count() or 1), context) as pool:
         list(pool.map(_prepare, cases))
@@ -132,7 +138,7 @@ def test_another_order_has_other_bits():
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-@every_kind
+@main_kind
 def test_row_of_the_batch_has_same_bits_among_any_others(dtype: torch.dtype, depth: int):
     q, k, v = inputs(dtype, depth, batch=5, queries=100, keys=700)
     mask = torch.rand(5, 1, 100, 700, device="cuda", generator=torch.Generator("cuda").manual_seed(1)) < 0.8
@@ -159,7 +165,7 @@ def test_row_of_the_batch_has_same_bits_among_any_others(dtype: torch.dtype, dep
         assert same_bits(run(*tensors), whole)
 
 
-@every_kind
+@main_kind
 def test_layout_does_not_show(dtype: torch.dtype, depth: int):
     """Traps 13 and 14: odd offsets, padded rows, strides of zero, columns apart."""
     q, k, v = inputs(dtype, depth, queries=150, keys=150)
@@ -193,8 +199,9 @@ def test_prefill_chunks_and_decode_have_same_bits(dtype: torch.dtype, depth: int
     q, k, v = inputs(dtype, depth, queries=length, keys=length)
     whole = sdpa(q, k, v, causal=True)
     assert same_bits(sdpa(q, k, v, causal_mask(length, length)), whole)
-    additive = torch.zeros(length, length, dtype=dtype, device="cuda")
-    assert same_bits(sdpa(q, k, v, additive.masked_fill(~causal_mask(length, length), -math.inf)), whole)
+    if dtype == KINDS[0][0]:
+        additive = torch.zeros(length, length, dtype=dtype, device="cuda")
+        assert same_bits(sdpa(q, k, v, additive.masked_fill(~causal_mask(length, length), -math.inf)), whole)
     for start, stop in ((0, 1), (0, 100), (100, 101), (101, 290), (511, 516), (640, 705), (1295, 1300), (1299, 1300)):
         chunk = sdpa(q[:, :, start:stop], k[:, :, :stop], v[:, :, :stop], causal_mask(stop - start, stop))
         assert same_bits(chunk, tuple(t[:, :, start:stop] for t in whole))
@@ -204,7 +211,7 @@ def test_prefill_chunks_and_decode_have_same_bits(dtype: torch.dtype, depth: int
     assert same_bits(sdpa(q[:, :, :1], k, v, causal=True)[0], whole[0][:, :, :1])  # upper-left: the first key only
 
 
-@every_kind
+@main_kind
 @pytest.mark.parametrize("padding", [1, 3, 64, 70])
 def test_left_padding_does_not_show(dtype: torch.dtype, depth: int, padding: int):
     """Trap 18: whatever padded queries see, and whatever padded keys hold; forward and backward."""
@@ -233,7 +240,7 @@ def test_left_padding_does_not_show(dtype: torch.dtype, depth: int, padding: int
     assert same_bits(sdpa(*finite, selfish)[0][:, :, padding:], expected[0])
 
 
-@every_kind
+@main_kind
 @pytest.mark.parametrize("unused", [1, 50, 5000])
 def test_unused_cache_slots_do_not_show(dtype: torch.dtype, depth: int, unused: int):
     q, k, v = inputs(dtype, depth, queries=3, keys=600)
@@ -268,7 +275,7 @@ def test_sliding_window_is_attention_to_the_keys_in_the_window():
         assert same_bits(alone, out[:, :, i : i + 1])
 
 
-@every_kind
+@main_kind
 def test_grouped_heads_have_the_bits_of_repeated_keys(dtype: torch.dtype, depth: int):
     for queries in (1, 300):
         q, k, v = inputs(dtype, depth, queries=queries)
@@ -278,7 +285,7 @@ def test_grouped_heads_have_the_bits_of_repeated_keys(dtype: torch.dtype, depth:
 # --- masked rows, NaN and Inf ----------------------------------------------------------------------------------------
 
 
-@every_kind
+@main_kind
 def test_value_that_is_not_finite_reaches_only_the_rows_that_see_it(dtype: torch.dtype, depth: int):
     q, k, v = inputs(dtype, depth, queries=300, keys=300)
     clean = sdpa(q, k, v, causal=True)
@@ -291,7 +298,7 @@ def test_value_that_is_not_finite_reaches_only_the_rows_that_see_it(dtype: torch
     assert same_bits(out[:, :, 170:250, 5:], clean[0][:, :, 170:250, 5:])
 
 
-@every_kind
+@main_kind
 def test_row_that_sees_no_key_is_zero(dtype: torch.dtype, depth: int):
     """Trap 19."""
     q, k, v = inputs(dtype, depth, queries=4, keys=30)
@@ -307,16 +314,11 @@ def test_row_that_sees_no_key_is_zero(dtype: torch.dtype, depth: int):
 
 # --- values ----------------------------------------------------------------------------------------------------------
 
-CASES = [
-    (torch.bfloat16, 128, 128), (torch.bfloat16, 80, 80), (torch.bfloat16, 256, 256), (torch.float16, 64, 64),
-    (torch.float16, 17, 5), (torch.float32, 40, 40), (torch.float32, 128, 96), (torch.float64, 64, 64),
-]  # fmt: skip
 
-
-@pytest.mark.parametrize(("dtype", "depth", "value_depth"), CASES, ids=str)
-def test_error_is_not_much_above_that_of_torch(dtype: torch.dtype, depth: int, value_depth: int):
+@pytest.mark.parametrize(("dtype", "depth"), ERRORS, ids=str)
+def test_error_is_not_much_above_that_of_torch(dtype: torch.dtype, depth: int):
     g = torch.Generator("cuda").manual_seed(0)
-    shapes = ((2, 6, 260, depth), (2, 2, 260, depth), (2, 2, 260, value_depth), (2, 6, 260, value_depth))
+    shapes = ((2, 6, 260, depth), (2, 2, 260, depth), (2, 2, 260, depth), (2, 6, 260, depth))
     q, k, v, grad = (torch.randn(shape, generator=g, device="cuda").to(dtype) for shape in shapes)
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

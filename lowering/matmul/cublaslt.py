@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import weakref
 from ctypes import byref, c_double, c_float, c_int32, c_int64, c_size_t, c_uint16, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -161,6 +162,8 @@ class _Setup:
         self.product = product
         self.handle = _handle(device)
         self.desc, self.left, self.right, self.out = c_void_p(), c_void_p(), c_void_p(), c_void_p()
+        layouts = (self.left, self.right, self.out)
+        weakref.finalize(self, _release, _library(), self.desc, layouts).atexit = False  # the process ends anyway
         p, data = product, _DATA[product.dtype]
         scale = _DATA[torch.float64 if p.dtype == torch.float64 else torch.float32]
         compute = _COMPUTE_64F if p.dtype == torch.float64 else _COMPUTE_32F_FAST_TF32 if p.tf32 else _COMPUTE_32F
@@ -182,13 +185,14 @@ class _Setup:
                 _set("cublasLtMatrixLayoutSetAttribute", layout, _LAYOUT_BATCH_COUNT, c_int32(p.batch))
                 _set("cublasLtMatrixLayoutSetAttribute", layout, _LAYOUT_BATCH_STRIDE, c_int64(batch))
 
-    def __del__(self) -> None:
-        library = _library()
-        if self.desc:
-            library.cublasLtMatmulDescDestroy(self.desc)
-        for layout in (self.left, self.right, self.out):
-            if layout:
-                library.cublasLtMatrixLayoutDestroy(layout)
+
+def _release(library: Any, desc: c_void_p, layouts: tuple[c_void_p, ...]) -> None:
+    """Destroy what was created of a product's descriptors."""
+    if desc:
+        library.cublasLtMatmulDescDestroy(desc)
+    for layout in layouts:
+        if layout:
+            library.cublasLtMatrixLayoutDestroy(layout)
 
 
 def algorithms(product: Product, device: int, count: int) -> list[Algorithm]:

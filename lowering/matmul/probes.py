@@ -24,9 +24,12 @@ _PERIOD = 512
 
 
 def small_probes(problem: Problem, block_m: int, block_n: int) -> list[Problem]:
-    """Problems compiled like ``problem``, with a few tiles and a few blocks of k, for schedules of our own."""
+    """Problems compiled like ``problem``, with a few tiles, for schedules of our own.
+
+    K is long enough to show a cut of up to 4096 k.
+    """
     n = 2 * block_n + problem.n % ALIGNED if problem.n % ALIGNED else 2 * block_n + ALIGNED
-    k = 2 * _PERIOD + problem.k % _PERIOD
+    k = 10 * _PERIOD + problem.k % _PERIOD
     return [_resized(problem, m, n, k) for m in (block_m + 3, 1)]
 
 

@@ -131,11 +131,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="only functions whose name has this in it")
     parser.add_argument("--ms", type=float, default=40.0, help="how many milliseconds of calls to time in each case")
-    parser.add_argument("--seconds", type=float, default=600.0, help="start no case after so many seconds")
+    parser.add_argument("--seconds", type=float, default=600.0, help="start no case after timing for so long")
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1), help="to compile in beforehand")
     parser.add_argument("--no-write", action="store_true", help="print only")
     args = parser.parse_args()
-    end = time.monotonic() + args.seconds
     warnings.filterwarnings("ignore", message="\\s*Online softmax is disabled")
     families = [(i, family) for i, family in enumerate(FAMILIES) if args.only in family.name]
     cases = [(i, shape) for i, family in families for shape in family.shapes]
@@ -144,7 +143,7 @@ def main() -> None:
         for case, done in [(case, pool.submit(prepare, *case)) for case in cases]:
             if (error := done.exception()) is not None:
                 print(f"{FAMILIES[case[0]].name} {case[1]}: {error}", flush=True)
-    report = Report("reduction", "cuda")
+    report, end = Report("reduction", "cuda"), time.monotonic() + args.seconds
     with torch.inference_mode():
         for i, shape in cases:
             if time.monotonic() > end:

@@ -210,6 +210,8 @@ _FEW_ROWS = 64
 _LOOSE = TileSchedule(16, 32, 256, warps=4, stages=4, swap=True)
 _BUSY = 60
 """Programs that are enough to read memory at full speed (an H100, ``bench_matmul_gpu.py``, 2026-11-25)."""
+_WAITING = 1.15
+"""What storing a tile before the next one is loaded costs (an H100, products of K = 768, 2026-11-25)."""
 _ROOM = 227 << 10
 """Bytes of shared memory where the tables have streams: sm_90 and sm_100."""
 
@@ -241,7 +243,9 @@ def _for_many_rows(problem: Problem, table: Table, num_sms: int) -> list[Schedul
     def cost(entry: tuple[Any, float]) -> float:
         schedule, share = entry
         tiles = p.batch * _tiles(p.m, schedule.block_m) * _tiles(p.n, schedule.block_n)
-        return _tiles(tiles, num_sms) * schedule.block_m * schedule.block_n / share
+        waves = _tiles(tiles, num_sms)
+        waits = waves > 1 and not (isinstance(schedule, StreamSchedule) and schedule.flatten)
+        return waves * schedule.block_m * schedule.block_n / share * (_WAITING if waits else 1.0)
 
     usable = [entry for entry in table.many_rows if _can_run(entry[0], p)]
     return [schedule for schedule, _ in sorted(usable, key=cost)[:1]]

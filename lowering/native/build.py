@@ -148,6 +148,8 @@ def _build(path: Path) -> None:
         library = Path(directory) / "library.so"
         # No rpath: torch's libraries are in the process already when this one is loaded.
         libraries = [f"-L{package / 'lib'}", "-ltorch_cpu", "-lc10"]
+        # A compiler that links its own libstdc++ statically would else export half of it, and mix it with torch's.
+        libraries.append("-Wl,--exclude-libs,ALL")
         _run([compiler(), "-shared", *map(str, objects), "-o", str(library), *libraries])
         os.replace(library, path)
 

@@ -24,6 +24,7 @@ from bicompile.lowering.gpu.launch import INTERPRETED, Launch, on_device, planne
 
 from .order import order_for
 from .schedule import ElementSchedule, RowSchedule, element_schedule_for, row_schedule_for
+from .selftest import require_scatters
 
 _STEPS = {"sum": "add", "mean": "add", "prod": "multiply", "amax": "larger", "amin": "smaller"}
 _STARTS = {"sum": 0.0, "mean": 0.0, "prod": 1.0, "amax": float("-inf"), "amin": float("inf")}
@@ -174,23 +175,27 @@ def _first_at_least(keys_ptr, key, low, high):
 
 
 @triton.jit
-def _places(positions_ptr, j, first, end, AHEAD: tl.constexpr):
-    """Where the contributions from ``j`` on lie in the source, as far as they lie in [first, end)."""
+def _places(positions_ptr, j, end, AHEAD: tl.constexpr):
+    """Where the contributions from ``j`` on lie in the source, as far as they lie before ``end``."""
     rows = ()
     for u in tl.static_range(AHEAD):
-        here = (j + u >= first) & (j + u < end)
-        rows = rows + (tl.load(positions_ptr + j + u, mask=here, other=0).to(tl.int64),)
+        rows = rows + (tl.load(positions_ptr + j + u, mask=j + u < end, other=0).to(tl.int64),)
     return rows
 
 
 @triton.jit
-def _values(source, rows, values_row, j, first, end, live, AHEAD: tl.constexpr):
-    """The contributions from ``j`` on, as far as they lie in [first, end)."""
+def _values(source, rows, values_row, j, end, live, AHEAD: tl.constexpr):
+    """The contributions from ``j`` on, which lie at ``rows``, as far as they lie before ``end``."""
     xs = ()
     for u in tl.static_range(AHEAD):
-        here = (j + u >= first) & (j + u < end)
-        xs = xs + (tl.load(source + rows[u] * values_row, mask=live & here, other=0.0),)
+        xs = xs + (tl.load(source + rows[u] * values_row, mask=live & (j + u < end), other=0.0),)
     return xs
+
+
+@triton.jit
+def _first_values(source, positions_ptr, values_row, j, end, live, AHEAD: tl.constexpr):
+    """What ``_values`` loads, after its places."""
+    return _values(source, _places(positions_ptr, j, end, AHEAD), values_row, j, end, live, AHEAD)
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
@@ -236,21 +241,18 @@ def _walk_long_rows_kernel(
         count = end - j
         if FROM_SELF:
             count += 1
-        # Four groups of values are on their way while one is added, and the places of a fifth.  The loop starts early
-        # enough to fill up: what lies before the first contribution is neither loaded nor added.
-        first = j
-        j = first - 5 * AHEAD
-        rows = _places(positions_ptr, j, first, end, AHEAD)
-        one = _values(source, rows, values_row, j, first, end, live, AHEAD)
-        two = one
-        three = one
-        four = one
+        # Four groups of values are on their way while one is added, and the places of a fifth.  Each of the four has
+        # loads of its own: Triton takes variables for one that are one before the loop and change places in it.
+        one = _first_values(source, positions_ptr, values_row, j, end, live, AHEAD)
+        two = _first_values(source, positions_ptr, values_row, j + AHEAD, end, live, AHEAD)
+        three = _first_values(source, positions_ptr, values_row, j + 2 * AHEAD, end, live, AHEAD)
+        four = _first_values(source, positions_ptr, values_row, j + 3 * AHEAD, end, live, AHEAD)
+        rows = _places(positions_ptr, j + 4 * AHEAD, end, AHEAD)
         while j < end:
-            five = _values(source, rows, values_row, j + 4 * AHEAD, first, end, live, AHEAD)
-            rows = _places(positions_ptr, j + 5 * AHEAD, first, end, AHEAD)
+            five = _values(source, rows, values_row, j + 4 * AHEAD, end, live, AHEAD)
+            rows = _places(positions_ptr, j + 5 * AHEAD, end, AHEAD)
             for u in tl.static_range(AHEAD):
-                here = (j + u >= first) & (j + u < end)
-                total = tl.where(here, _step(total, one[u].to(ACC), HOW), total)
+                total = tl.where(j + u < end, _step(total, one[u].to(ACC), HOW), total)
             one = two
             two = three
             three = four
@@ -397,6 +399,7 @@ def walk_rows(
         skipped: a destination that takes no contributions.
         divide: divide by the number of contributions, as ``mean`` does.
     """
+    require_scatters(values.device)
     outer, n, width = values.shape
     if self is None:
         out = torch.zeros(outer, count, width, dtype=values.dtype, device=values.device)
@@ -442,6 +445,7 @@ def walk_elements(
     n = values.numel()
     if n == 0:
         return
+    require_scatters(values.device)
     num_sms = 128 if INTERPRETED else device_key(values.device.index).num_sms
     chosen = schedule or element_schedule_for(length, columns, num_sms)
     if chosen.walk == "columns":

@@ -462,6 +462,7 @@ NORMAL_FORMS: dict[OpOverload, Callable[..., Any]] = {
     aten._adaptive_avg_pool3d.default: _adaptive_mean_pool,
     aten._adaptive_avg_pool2d_backward.default: _adaptive_mean_pool_backward(2),
     aten._adaptive_avg_pool3d_backward.default: _adaptive_mean_pool_backward(3),
+    aten.max_pool2d_with_indices_backward.default: _max_pool_backward(2),  # torch 2.11 has no form of its own
     aten.max_pool3d_with_indices_backward.default: _max_pool_backward(3),
     aten.adaptive_max_pool2d_backward.default: _max_pool_backward(2),
     aten.adaptive_max_pool3d_backward.default: _max_pool_backward(3),

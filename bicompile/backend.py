@@ -23,6 +23,7 @@ from .errors import raising_through_dynamo
 from .interception import intercept_attention
 from .lowering.elementwise.codegen_cpu import materialise_headers, pinned_cpu_codegen
 from .lowering.elementwise.codegen_gpu import pinned_gpu_codegen
+from .lowering.elementwise.codegen_sizes import pinned_sizes
 from .lowering.loading import load_for
 from .passes.certify import Certification
 from .passes.pipeline import Pipeline
@@ -95,7 +96,7 @@ def floating_devices(gm: GraphModule, example_inputs: Sequence[Any]) -> set[torc
 def _inner_compile(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     """Inductor's own, generating our elementwise functions; also for a backward compiled later than its forward."""
     materialise_headers()
-    with pinned_cpu_codegen(), pinned_gpu_codegen():
+    with pinned_cpu_codegen(), pinned_gpu_codegen(), pinned_sizes():
         return inductor.compile_fx_inner(gm, example_inputs, **kwargs)
 
 

@@ -288,14 +288,17 @@ def _refused(name: str) -> Callable[..., Any]:
 
 
 def _whole_index(owner: Any) -> Callable[..., Any]:
-    """Indices as integers first: vector code would add up a floating-point index in steps, which rounds."""
+    """Indices as integers first: vector code would add up a floating-point index in steps, which rounds.
+
+    What is no integer is a number made of symbolic sizes, which Python computes in float64.
+    """
     stock = owner.index_expr
 
     def index_expr(expr: Any, dtype: torch.dtype) -> Any:
         if not dtype.is_floating_point:
             return stock(expr, dtype)
-        whole = cpp.ops.index_expr(expr, torch.int64)
-        return cpp.ops.to_dtype(whole, dtype, src_dtype=torch.int64)
+        exact = torch.int64 if expr.is_integer else torch.float64
+        return cpp.ops.to_dtype(stock(expr, exact), dtype, src_dtype=exact)
 
     return index_expr
 

@@ -59,8 +59,17 @@ def _no_constant(x: object) -> None:
 def _size_functions() -> dict[str, Callable[[Any, Any], str]]:
     """How Triton code computes with symbolic sizes: the printer's methods that are replaced."""
     refused = {f"_print_{name}": _refused for name in dir(functions) if name.startswith("OpaqueUnaryFn_")}
-    exact = {"_print_IntTrueDiv": _quotient, "_print_FloatTrueDiv": _quotient, "_helper_sqrt": _square_root}
+    exact = {
+        "_print_Float": _number,
+        "_print_IntTrueDiv": _quotient,
+        "_print_FloatTrueDiv": _quotient,
+        "_helper_sqrt": _square_root,
+    }
     return {**refused, **exact, "_print_OpaqueUnaryFn_sqrt": lambda self, expr: _square_root(self, expr.args[0])}
+
+
+def _number(self: Any, expr: Any) -> str:
+    return f"tl.full([], {float(expr)!r}, tl.float64)"
 
 
 def _quotient(self: Any, expr: Any) -> str:
@@ -75,7 +84,7 @@ def _square_root(self: Any, expr: Any) -> str:
 def _wide(printer: Any, expr: Any) -> str:
     """The expression as a float64 scalar."""
     if expr.is_number:
-        return f"tl.full([], {float(expr)!r}, tl.float64)"
+        return _number(printer, expr)
     return f"({printer._print(expr)}).to(tl.float64)"
 
 

@@ -9,15 +9,19 @@ from __future__ import annotations
 import datetime
 import os
 import random
+import re
 from collections import defaultdict
 
 import pytest
 
 pytest.importorskip("triton")
 
+import torch
 import triton
 import triton.language as tl
 
+from bicompile.lowering.attention.aot import backward_compilations, compilation
+from bicompile.lowering.attention.schedule import REFERENCE, REFERENCE_BACKWARD, SplitSchedule
 from bicompile.lowering.gpu.ahead import SHARED_MEMORY, Compilation, all_cases, compile_for
 
 CAPABILITIES = (80, 90, 100)
@@ -92,12 +96,20 @@ def test_divisibility_reaches_the_compiler():
     assert ".v4" in vector and ".v4" not in scalar
 
 
-def triton_text(case: Compilation) -> str:
-    """The PTX of a compilation for sm_90."""
+def triton_text(case: Compilation, stage: str = "ptx") -> str:
+    """The code of a compilation for sm_90, at a stage of the compiler."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from bicompile.lowering.gpu.ahead import arguments_of
 
     source = ASTSource(case.kernel, *arguments_of(case))
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": case.warps}).asm["ptx"]
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": case.warps}).asm[stage]
+
+
+def test_a_mask_of_bytes_does_not_regroup_the_keys_of_a_product():
+    """A dot operand of 16 bits has pairs of numbers (``kWidth``) together, whatever mask its numbers come from."""
+    half = torch.float16
+    cases = [compilation(schedule, half, 64, "bool") for schedule in (REFERENCE, SplitSchedule(16, 4, 1))]
+    for case in (*cases, *backward_compilations(REFERENCE_BACKWARD, half, 64, "bool")):
+        assert set(re.findall(r"kWidth = (\d+)", triton_text(case, "ttgir"))) == {"2"}, case.name

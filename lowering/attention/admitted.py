@@ -75,7 +75,11 @@ def choose(
 def _probes(
     device: int, dtype: torch.dtype, depth: int, value_depth: int, kind: str, causal: bool
 ) -> Iterator[Problem]:
-    """Values over many binades with cancelling pairs, ragged lengths over splits of every size, several anchors."""
+    """Values over many binades, ragged lengths over splits of every size, several anchors.
+
+    Some queries give nearly all weight to one key, others nearly the same to all.  Twins among the keys have the same
+    weight, and half of their values cancel: what is left there is the rounding, which the order shows in.
+    """
     sizes = [(2, 4, 2, 77, 1337)]  # batch, heads, kv heads, queries, keys
     if dtype.itemsize == 2:
         sizes += [(1, 4, 1, 1201, 1201), (1, 2, 1, 131, 5377)]
@@ -85,8 +89,24 @@ def _probes(
             _values((batch, n, h, d), dtype, device, g).transpose(1, 2)
             for n, h, d in ((queries, heads, depth), (keys, kv_heads, depth), (keys, kv_heads, value_depth))
         )
+        q.mul_(torch.exp2(-8.0 * torch.rand((batch, 1, queries, 1), generator=g, device=device)))
+        twin, half = twins(keys, device), value_depth // 2
+        k[:, :, twin] = k[:, :, twin - TWIN]
+        v[:, :, twin, :half] = -v[:, :, twin - TWIN, :half]
+        twin = twins(queries, device)
+        q[:, :, twin] = q[:, :, twin - TWIN]
         mask = None if kind == "none" else _mask(batch, queries, keys, kind, dtype, device, g)
         yield problem_of("sdpa", q, k, v, mask, causal, 0.5 * depth**-0.5)
+
+
+TWIN = 40
+"""How far apart twins are: in one block, and in different groups of the tensor core."""
+
+
+def twins(length: int, device: int) -> Tensor:
+    """Of ``length`` rows, those that are made like the one TWIN before them."""
+    at = torch.arange(length, device=device)
+    return at[at % (2 * TWIN) >= TWIN]
 
 
 def _values(shape: tuple[int, ...], dtype: torch.dtype, device: int, g: torch.Generator) -> Tensor:

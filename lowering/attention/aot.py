@@ -143,9 +143,10 @@ def aot_cases() -> Iterator[Compilation]:
         if mask != "additive":
             yield from (hopper_compilation(HopperSchedule(2, True), d, mask, causal=causal) for d in (64, 128))
     for dtype, depth in ((quarter, 64), (half, 32), (half, 256), (torch.float32, 128), (torch.float64, 64)):
-        yield compilation(REFERENCE, dtype, depth, causal=True)
-        yield compilation(SplitSchedule(16, 4, 1), dtype, depth, causal=True)
-        yield from backward_compilations(REFERENCE_BACKWARD, dtype, depth, causal=True)
+        for mask, causal in (("none", True), ("bool", False)):
+            yield compilation(REFERENCE, dtype, depth, mask, causal=causal)
+            yield compilation(SplitSchedule(16, 4, 1), dtype, depth, mask, causal=causal)
+            yield from backward_compilations(REFERENCE_BACKWARD, dtype, depth, mask, causal=causal)
     yield compilation(TileSchedule(32, 8, 1), half, 256, causal=True)
     yield compilation(SplitSchedule(32, 8, 2), half, 256, causal=True)
     yield from backward_compilations(BackwardSchedule(64, 32, 32, 8, 1), half, 256, causal=True)

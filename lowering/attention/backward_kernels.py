@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import fold_all, load_queries, load_rows, scale_of, seen_and_bias, start_of
+from .kernels import fold_all, load_mask, load_queries, load_rows, scale_of, seen_and_bias, start_of
 
 
 @triton.jit(do_not_specialize=["queries", "heads", "num_rows"])
@@ -168,9 +168,9 @@ def seen_and_bias_across(
     if MASK != "none":
         at = mask_p + query.to(tl.int64)[None, :] * mask_q + keys_at.to(tl.int64)[:, None] * mask_k
         if MASK == "bool":
-            seen = seen & (tl.load(at, mask=seen, other=0) != 0)
+            seen = seen & (load_mask(at, seen, 0, num_keys) != 0)
         else:
-            raw = tl.load(at, mask=seen, other=float("-inf")).to(DTYPE)
+            raw = load_mask(at, seen, float("-inf"), num_keys).to(DTYPE)
             seen = seen & ((raw <= HIDDEN) == 0)
             bias = tl.where(seen, raw, 0.0) * log2e
     return seen, bias

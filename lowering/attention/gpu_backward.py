@@ -9,7 +9,7 @@ from torch import Tensor
 from bicompile.lowering.gpu.device import device_key
 from bicompile.lowering.gpu.launch import INTERPRETED, on_device
 
-from .admitted import choose
+from .admitted import TWIN, choose, twins
 from .backward_kernels import begin_kernel, delta_kernel, key_kernel, mask_kernel, query_kernel, sum_kernel
 from .gpu import run_tiles
 from .problem import TYPES, Problem, RowInfo, launch, mask_strides, problem_of, row_info, two_parts
@@ -105,9 +105,12 @@ def _sum(x: Tensor, outer: int, length: int, inner: int) -> Tensor:
 
 
 def probe(p: Problem, schedule: BackwardSchedule) -> tuple[Tensor, ...]:
-    """The gradients of ``p`` for a gradient that is the output itself."""
+    """The gradients of ``p`` for a gradient that is the output itself, but of the other sign for twins."""
     out, lse = run_tiles(p, REFERENCE)
-    return run_backward(p, out, out, lse, p.scale, False, schedule)[:3]
+    grad = out.clone()
+    twin = twins(grad.shape[2], grad.device.index)
+    grad[:, :, twin] = -grad[:, :, twin - TWIN]
+    return run_backward(p, grad, out, lse, p.scale, False, schedule)[:3]
 
 
 @on_device

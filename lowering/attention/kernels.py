@@ -135,6 +135,20 @@ def load_rows(
 
 
 @triton.jit
+def load_mask(at, seen, other: tl.constexpr, keys):
+    """The mask where ``seen``, else ``other``; ``keys`` is any number above 0.
+
+    The branch is always taken.  It is there because Triton takes the narrowest load that it finds behind an operand of
+    ``dot``, and a mask is behind the weights, for the width of that operand's numbers: with a mask of bytes, it gives
+    ``mma.sync`` other groups of keys, so other bits.  It does not look behind a branch.
+    """
+    found = tl.full(seen.shape, other, at.dtype.element_ty)
+    if keys > 0:
+        found = tl.load(at, mask=seen, other=other)
+    return found
+
+
+@triton.jit
 def seen_and_bias(
     mask_row, n, query, stop, alive, step_k, hidden, BM: tl.constexpr, BN: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, DTYPE: tl.constexpr,
@@ -147,10 +161,9 @@ def seen_and_bias(
     log2e: tl.constexpr = 1.4426950408889634
     bias = tl.zeros([BM, BN], DTYPE)
     if MASK == "bool":
-        seen = seen & (tl.load(mask_row[:, None] + keys[None, :].to(tl.int64) * step_k, mask=seen, other=0) != 0)
+        seen = seen & (load_mask(mask_row[:, None] + keys[None, :].to(tl.int64) * step_k, seen, 0, stop) != 0)
     elif MASK == "additive":
-        raw = tl.load(mask_row[:, None] + keys[None, :].to(tl.int64) * step_k, mask=seen, other=float("-inf"))
-        raw = raw.to(DTYPE)
+        raw = load_mask(mask_row[:, None] + keys[None, :].to(tl.int64) * step_k, seen, float("-inf"), stop).to(DTYPE)
         # Written so that NaN is seen.
         seen = seen & ((raw <= hidden) == 0)
         bias = tl.where(seen, raw, 0.0) * log2e

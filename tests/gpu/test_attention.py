@@ -117,6 +117,18 @@ def test_schedules_are_admitted():
     assert not dropped, dropped
 
 
+@pytest.mark.parametrize(("dtype", "depth"), KINDS[:2], ids=str)
+def test_probes_show_which_keys_the_tensor_core_adds_together(dtype: torch.dtype, depth: int):
+    """Control: keys that change places among 32, as Triton does it for ``mma.sync`` behind a load of bytes."""
+    moved = torch.arange(32, device="cuda").view(2, 4, 2, 2).permute(2, 0, 1, 3).flatten()
+    for p in admitted._probes(torch.cuda.current_device(), dtype, depth, depth, "none", False):
+        keys = torch.arange(p.k.shape[2], device="cuda")
+        whole = keys[: len(keys) // 32 * 32].view(-1, 32)
+        whole.copy_(whole[:, moved])
+        other = problem_of("sdpa", p.q, p.k[:, :, keys], p.v[:, :, keys], None, False, p.scale)
+        assert (gpu.run(p, REFERENCE)[0] != gpu.run(other, REFERENCE)[0]).double().mean() > 0.01
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_tiles_and_splits_have_the_same_bits(causal: bool):
     """Traps 6 and 8, over splits of every size."""
@@ -343,12 +355,16 @@ def test_error_is_not_much_above_that_of_torch(dtype: torch.dtype, depth: int):
 def test_gradient_of_the_mask_is_that_of_torch(shape: tuple[int, ...]):
     q, k, v = (torch.randn(2, h, n, 32, device="cuda") for h, n in ((6, 90), (2, 130), (2, 130)))
     mask = torch.randn(shape, device="cuda")
-    leaves = [t.double().requires_grad_() for t in (q, k, v, mask)]
+    leaves = [t.double().requires_grad_() for t in (q, k, v, mask.expand(2, 6, 90, 130))]
     out = F.scaled_dot_product_attention(*leaves, scale=SCALE, enable_gqa=True)
     grad = torch.randn_like(q)
-    wanted = torch.autograd.grad(out, leaves, grad.double())
-    for ours, exact in zip(gradients(grad, q, k, v, mask), wanted, strict=True):
-        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item())
+    *wanted, terms = torch.autograd.grad(out, leaves, grad.double())
+    scales = [exact.abs().max().item() for exact in wanted]
+    # A sum's error is on the scale of its terms: what is added to a whole row of scores has gradient 0.
+    wanted.append(terms.sum_to_size(shape))
+    scales.append(terms.abs().sum_to_size(shape).max().item())
+    for ours, exact, scale in zip(gradients(grad, q, k, v, mask), wanted, scales, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4 * scale)
 
 
 def test_backward_schedules_have_the_same_bits():

@@ -47,7 +47,7 @@ def compilation(
     )  # fmt: skip
     if isinstance(schedule, SplitSchedule):
         del constants["FLAGGED"]
-        constants["PARTS"] = schedule.parts
+        constants |= {"EARLY": False, "PARTS": schedule.parts}
     signature = {a: "i32:16" for a in kernel.arg_names if a not in constants}
     signature |= {a: "i32" for a in _LOOSE if a in signature}
     signature |= {a: f"*{wide}:16" for a in ("lse_ptr", "part_ptr", "stats_ptr") if a in signature}

@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from bicompile.lowering.gpu.device import device_key
@@ -15,7 +14,7 @@ from bicompile.lowering.gpu.launch import INTERPRETED, on_device
 from .admitted import choose
 from .kernels import merge_kernel, split_kernel, tile_kernel
 from .order import GpuAttentionOrder
-from .problem import TYPES, Problem, RowInfo, launch, mask_strides, problem_of, row_info
+from .problem import TYPES, Problem, RowInfo, cdiv, launch, mask_strides, problem_of, row_info
 from .schedule import (
     REFERENCE,
     HopperSchedule,
@@ -56,7 +55,7 @@ def run_tiles(p: Problem, schedule: TileSchedule) -> tuple[Tensor, Tensor]:
     info = row_info(p)
     k, v = descriptors(p) if schedule.tma else (p.k, p.v)
     launch(
-        tile_kernel, (batch * heads, triton.cdiv(queries, schedule.rows)),
+        tile_kernel, (batch * heads, cdiv(queries, schedule.rows)),
         (p.q, k, v, p.mask if p.mask is not None else p.q, info.first, info.hole, info.last, out, lse, p.q),
         (queries, p.k.shape[2], heads, p.k.shape[1], *p.scales), _strides(p, info),
         _tile_constants(p, schedule, 0), schedule.warps, schedule.stages,
@@ -65,30 +64,33 @@ def run_tiles(p: Problem, schedule: TileSchedule) -> tuple[Tensor, Tensor]:
 
 
 def run_splits(p: Problem, schedule: SplitSchedule) -> tuple[Tensor, Tensor]:
-    """Forward by splits of keys over programs, and a merge."""
+    """Forward by splits of keys over programs, and a merge if a row has several programs."""
     batch, heads, queries, _ = p.q.shape
     keys, kv_heads, value_depth = p.k.shape[2], p.k.shape[1], p.v.shape[3]
     out, lse = new_outputs(p)
     info = row_info(p)
-    splits, num_rows = num_splits(p.order, keys), batch * heads * queries
-    part = torch.empty((splits, num_rows, value_depth), dtype=lse.dtype, device=lse.device)
-    stats = torch.empty((splits, num_rows, 2), dtype=lse.dtype, device=lse.device)
-    group = heads // kv_heads
+    num_rows, group = batch * heads * queries, heads // kv_heads
     tail = p.tail(schedule.tma, schedule.stages)
     k, v = descriptors(p) if schedule.tma else (p.k, p.v)
+    part, stats, programs, early = out, lse, 1, False
+    if schedule.parts > 0:
+        splits = num_splits(p.order, keys)
+        part = torch.empty((splits, num_rows, value_depth), dtype=lse.dtype, device=lse.device)
+        stats = torch.empty((splits, num_rows, 2), dtype=lse.dtype, device=lse.device)
+        programs = cdiv(splits, schedule.parts)
+        early = not INTERPRETED and device_key(p.q.device.index).capability >= (9, 0)
     launch(
-        split_kernel,
-        (triton.cdiv(splits, schedule.parts), batch * kv_heads, triton.cdiv(queries * group, schedule.rows)),
+        split_kernel, (batch * kv_heads, cdiv(queries * group, schedule.rows), programs),
         (p.q, k, v, p.mask if p.mask is not None else p.q, info.first, info.hole, info.last, part, stats),
         (queries, keys, heads, kv_heads, num_rows, *p.scales), _strides(p, info),
-        (schedule.parts, schedule.rows, *tail),
-        schedule.warps, schedule.stages,
+        (early, schedule.parts, schedule.rows, *tail), schedule.warps, schedule.stages,
     )  # fmt: skip
-    launch(
-        merge_kernel, (num_rows,), (part, stats, info.first, info.last, out, lse), (queries, keys, heads, num_rows),
-        (*info.strides, value_depth),
-        (p.widths[1], 8, p.kind, p.causal, TYPES[p.q.dtype], *tail[-5:]), 1, 1,
-    )  # fmt: skip
+    if schedule.parts > 0:
+        launch(
+            merge_kernel, (num_rows,), (part, stats, info.first, info.last, out, lse),
+            (queries, keys, heads, num_rows), (*info.strides, value_depth),
+            (early, p.widths[1], 8, p.kind, p.causal, TYPES[p.q.dtype], *tail[-5:]), 1, 1, launch_pdl=early,
+        )  # fmt: skip
     return out, lse
 
 
@@ -96,10 +98,10 @@ def num_splits(order: GpuAttentionOrder, keys: int) -> int:
     """How many splits ``keys`` keys have."""
     (e1, s1), (e2, s2), s3 = order.splits
     if keys <= e1:
-        return triton.cdiv(keys, s1)
+        return cdiv(keys, s1)
     if keys <= e2:
-        return e1 // s1 + triton.cdiv(keys - e1, s2)
-    return e1 // s1 + (e2 - e1) // s2 + triton.cdiv(keys - e2, s3)
+        return e1 // s1 + cdiv(keys - e1, s2)
+    return e1 // s1 + (e2 - e1) // s2 + cdiv(keys - e2, s3)
 
 
 def descriptors(p: Problem) -> tuple[Any, Any]:
@@ -131,14 +133,14 @@ def run_hopper(p: Problem, schedule: HopperSchedule) -> tuple[Tensor, Tensor]:
     )
     dtype = gl.bfloat16 if p.q.dtype == torch.bfloat16 else gl.float16
     (e1, s1), (e2, s2), s3 = p.order.splits
-    groups = triton.cdiv(queries, ROWS)
+    groups = cdiv(queries, ROWS)
     looks_twice = p.causal or p.mask is not None
     flags = torch.empty(batch * heads * groups if looks_twice else 0, dtype=torch.int32, device=out.device)
     info = row_info(p)
     mask = p.mask if p.mask is not None else p.q
     sizes = (queries, p.k.shape[2], heads, p.k.shape[1])
     launch(
-        hopper_kernel, (batch * heads, triton.cdiv(queries, 2 * ROWS)),
+        hopper_kernel, (batch * heads, cdiv(queries, 2 * ROWS)),
         (*descs, mask, info.first, info.hole, info.last, out, lse, flags), (*sizes, p.scales[0]),
         (*mask_strides(p.mask), *info.strides),
         (ROWS, block, depth, p.order.lanes, p.kind, p.causal, schedule.stages, schedule.overlap, dtype, e1, s1, e2, s2,
@@ -158,7 +160,7 @@ def run_flagged(p: Problem, info: RowInfo, rows: int, flags: Tensor, out: Tensor
     batch, heads, queries, _ = p.q.shape
     schedule, at_once = TileSchedule(rows, warps=8, stages=1), 8
     launch(
-        tile_kernel, (batch * heads, triton.cdiv(triton.cdiv(queries, rows), at_once)),
+        tile_kernel, (batch * heads, cdiv(cdiv(queries, rows), at_once)),
         (p.q, p.k, p.v, p.mask if p.mask is not None else p.q, info.first, info.hole, info.last, out, lse, flags),
         (queries, p.k.shape[2], heads, p.k.shape[1], *p.scales), _strides(p, info),
         _tile_constants(p, schedule, at_once), schedule.warps, schedule.stages,
@@ -195,8 +197,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, 
     device = device_key(q.device.index)
     candidates: list[Schedule] = []
     if wants_split(queries, heads // k.shape[1], keys, batch * heads, device.num_sms):
-        programs = num_splits(p.order, keys) * batch * k.shape[1]
-        schedules = split_schedules(rows, programs, p.widths, q.dtype, device)
+        splits, programs = num_splits(p.order, keys), batch * k.shape[1] * cdiv(rows, 16)
+        schedules = split_schedules(rows, splits, programs, p.widths, q.dtype, device)
         candidates += [s for s in schedules if not s.tma or (takes_tma(p.k) and takes_tma(p.v))]
     else:
         if takes_hopper(p, device.capability):

@@ -12,7 +12,7 @@ from bicompile.lowering.gpu.launch import INTERPRETED, on_device
 from .admitted import TWIN, choose, twins
 from .backward_kernels import begin_kernel, delta_kernel, key_kernel, mask_kernel, query_kernel, sum_kernel
 from .gpu import run_tiles
-from .problem import TYPES, Problem, RowInfo, launch, mask_strides, problem_of, row_info, two_parts
+from .problem import TYPES, Problem, RowInfo, cdiv, launch, mask_strides, problem_of, row_info, two_parts
 from .schedule import REFERENCE, REFERENCE_BACKWARD, BackwardSchedule, backward_schedules
 
 
@@ -28,7 +28,7 @@ def run_backward(
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     launch(
-        delta_kernel, (triton.cdiv(num_rows, 16),), (grad, out, delta), (queries, heads, num_rows),
+        delta_kernel, (cdiv(num_rows, 16),), (grad, out, delta), (queries, heads, num_rows),
         (*grad.stride()[:3], *out.stride()[:3], value_depth), (16, p.widths[1], wide), 4, 1,
     )  # fmt: skip
     info = row_info(p)
@@ -45,13 +45,13 @@ def run_backward(
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (p.q, p.k, p.v))
     sizes = (queries, keys, heads, kv_heads, *p.scales)
     launch(
-        query_kernel, (batch * heads, triton.cdiv(queries, schedule.queries)),
+        query_kernel, (batch * heads, cdiv(queries, schedule.queries)),
         (p.q, p.k, p.v, mask, info.first, info.last, grad, lse, delta, dq), (*sizes, *two_parts(scale)), strides,
         (schedule.queries, schedule.step, *rest), schedule.warps, schedule.stages,
     )  # fmt: skip
     begin, begin_strides = _begin(p, info)
     launch(
-        key_kernel, (batch * kv_heads, triton.cdiv(keys, schedule.keys)),
+        key_kernel, (batch * kv_heads, cdiv(keys, schedule.keys)),
         (p.q, p.k, p.v, mask, info.first, info.last, begin, grad, lse, delta, dk, dv),
         (*sizes, *two_parts(p.scale)), (*strides, *begin_strides), (schedule.step, schedule.keys, *rest),
         schedule.warps, schedule.stages,
@@ -81,7 +81,7 @@ def _mask_gradient(p: Problem, mask: Tensor, grad: Tensor, lse: Tensor, delta: T
     rows = cols = 16 if lse.dtype == torch.float64 else 32
     width, value_width = p.widths
     launch(
-        mask_kernel, (triton.cdiv(keys, cols), triton.cdiv(queries, rows), batches * mask_heads),
+        mask_kernel, (cdiv(keys, cols), cdiv(queries, rows), batches * mask_heads),
         (p.q, p.k, p.v, mask, grad, lse, delta, ds),
         (queries, keys, batch, heads, p.k.shape[1], batches, mask_heads, *p.scales),
         (*p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *mask_strides(mask), depth, value_depth,
@@ -100,7 +100,7 @@ def _sum(x: Tensor, outer: int, length: int, inner: int) -> Tensor:
     """Sum the middle dim of ``x``, seen as [outer, length, inner], in ascending order."""
     out = torch.empty((outer, inner), dtype=x.dtype, device=x.device)
     block = min(triton.next_power_of_2(inner), 128)
-    launch(sum_kernel, (outer, triton.cdiv(inner, block)), (x, out), (outer, length, inner), (), (block,), 1, 1)
+    launch(sum_kernel, (outer, cdiv(inner, block)), (x, out), (outer, length, inner), (), (block,), 1, 1)
     return out
 
 

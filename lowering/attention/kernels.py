@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # -- One block of keys ------------------------------------------------------------------------------------------------
 
@@ -411,13 +412,23 @@ def reciprocal(x):
 @triton.jit
 def split_pass(
     part, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query, mask_k,
-    part_ptr, stats_ptr, num_rows, row_id,
+    part_ptr, stats_ptr, num_rows, row_id, out_row, lse_row,
     PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr,
     EVEN_V: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
     E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
 ):  # fmt: skip
-    """``rows`` of a tile over PARTS splits of their keys from number ``part`` on; each split's sums are stored."""
+    """``rows`` of a tile over PARTS splits of their keys from number ``part`` on; each split's sums are stored.
+
+    With PARTS 0, over all their keys.
+    """
+    if PARTS == 0:
+        tile_pass(
+            anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query, mask_k,
+            out_row, lse_row, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE,
+            E1, S1, E2, S2, S3,
+        )  # fmt: skip
+        return
     start = anchor + split_start(part, E1, S1, E2, S2, S3)
     stop = tl.minimum(stop, anchor + split_start(part + PARTS, E1, S1, E2, S2, S3))
     if start < stop:
@@ -445,23 +456,27 @@ def split_kernel(
     q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, part_ptr, stats_ptr,
     queries, keys, heads, kv_heads, num_rows, c_high, c_low,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth, value_depth,
-    PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr,
-    EVEN_V: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    EARLY: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    EVEN: tl.constexpr, EVEN_V: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    HIDDEN: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
     E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
 ):  # fmt: skip
     """BM rows, which are the queries of a group of heads, over PARTS splits.
 
-    Grid: (splits / PARTS, batch * kv heads, tiles).
+    Grid: (batch * kv heads, tiles, splits / PARTS), the last splits first: they are the longest.
+    With PARTS 0, over all splits, and ``part_ptr`` and ``stats_ptr`` are the output and its statistics.
 
     Row ``r`` is query ``r // group`` under the group's head ``r % group``: heads that share keys share their loads.
+    EARLY: ``merge_kernel`` may be started before this one has ended, and waits by itself.
     """
-    part = tl.program_id(0) * PARTS
-    bh = tl.program_id(1)
+    if EARLY:
+        gdc_launch_dependents()
+    part = (tl.num_programs(2) - 1 - tl.program_id(2)) * PARTS
+    bh = tl.program_id(0)
     b = bh // kv_heads
     hk = bh % kv_heads
     group = heads // kv_heads
-    row = tl.program_id(2) * BM + tl.arange(0, BM)
+    row = tl.program_id(1) * BM + tl.arange(0, BM)
     query = row // group
     h = hk * group + row % group
     alive = query < queries
@@ -473,6 +488,8 @@ def split_kernel(
         k_p += b64 * k_b + hk.to(tl.int64) * k_h
         v_p += b64 * v_b + hk.to(tl.int64) * v_h
     row_id = (b64 * heads + h) * queries + query
+    out_row = part_ptr + ((b64 * queries + query) * heads + h) * value_depth
+    lse_row = stats_ptr + row_id
     if MASK == "none":
         stop = keys
         whole = keys
@@ -481,8 +498,8 @@ def split_kernel(
             whole = tl.minimum(keys, tl.min(query, 0) + 1)
         split_pass(
             part, 0, whole, stop, alive, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, query, query, mask_k,
-            part_ptr, stats_ptr, num_rows, row_id, PARTS, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN,
-            TMA, STAGES, DTYPE, E1, S1, E2, S2, S3,
+            part_ptr, stats_ptr, num_rows, row_id, out_row, lse_row, PARTS, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK,
+            CAUSAL, HIDDEN, TMA, STAGES, DTYPE, E1, S1, E2, S2, S3,
         )  # fmt: skip
     else:
         mask_row = mask_ptr + b64 * mask_b + h.to(tl.int64) * mask_h + query.to(tl.int64) * mask_q
@@ -490,6 +507,8 @@ def split_kernel(
         first = tl.load(first_ptr + info, mask=alive, other=keys)
         hole = tl.load(hole_ptr + info, mask=alive, other=keys)
         last = tl.load(last_ptr + info, mask=alive, other=0)
+        if PARTS == 0:
+            store_nothing(out_row, lse_row, BM, BDV, value_depth, alive & (first >= keys), DTYPE)
         anchor = tl.min(first, 0)
         while anchor < keys:
             rows = alive & (first == anchor)
@@ -497,8 +516,8 @@ def split_kernel(
             whole = tl.min(tl.where(rows, hole, keys), 0)
             split_pass(
                 part, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row,
-                query, mask_k, part_ptr, stats_ptr, num_rows, row_id, PARTS, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK,
-                CAUSAL, HIDDEN, TMA, STAGES, DTYPE, E1, S1, E2, S2, S3,
+                query, mask_k, part_ptr, stats_ptr, num_rows, row_id, out_row, lse_row, PARTS, BM, BN, BD, BDV, EVEN,
+                EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE, E1, S1, E2, S2, S3,
             )  # fmt: skip
             anchor = tl.min(tl.where(first > anchor, first, keys), 0)
 
@@ -507,10 +526,13 @@ def split_kernel(
 def merge_kernel(
     part_ptr, stats_ptr, first_ptr, last_ptr, out_ptr, lse_ptr,
     queries, keys, heads, num_rows, info_b, info_h, value_depth,
-    BDV: tl.constexpr, AHEAD: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, DTYPE: tl.constexpr,
+    EARLY: tl.constexpr, BDV: tl.constexpr, AHEAD: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    DTYPE: tl.constexpr,
     E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one row in ascending order.  Grid: (batch * heads * queries,)."""
+    if EARLY:
+        gdc_wait()
     row_id = tl.program_id(0).to(tl.int64)
     query = (row_id % queries).to(tl.int32)
     bh = row_id // queries

@@ -21,6 +21,7 @@ gradient: ``dS`` summed over the dims in which the mask was broadcast, one by on
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,7 @@ class GpuAttentionOrder:
     splits: tuple[tuple[int, int], tuple[int, int], int]
 
 
+@functools.cache
 def gpu_order_for(depth: int, dtype: torch.dtype) -> GpuAttentionOrder:
     """The one order on a GPU for heads of ``depth`` (the larger of the keys' and the values') and ``dtype``."""
     if dtype == torch.float64:

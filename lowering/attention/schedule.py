@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,7 +40,7 @@ class SplitSchedule:
         rows: queries times heads of one program.
         warps: warps of one program.
         stages: blocks of keys in flight.
-        parts: splits that one program takes one after the other.
+        parts: splits that one program takes one after the other; 0 for all, and then nothing is left to merge.
         tma: whether keys and values come by TMA (sm_90 and newer).
     """
 
@@ -146,20 +146,23 @@ def read_table(path: Path) -> Table:
     return Table(splits, BackwardSchedule(**body["backward"]))
 
 
+@functools.cache
 def table_of(device: DeviceKey) -> Table | None:
     """The table of a device's architecture, if there is one."""
     path = TABLES / f"sm_{device.capability[0]}{device.capability[1]}.json"
     return read_table(path) if path.exists() else None
 
 
+@functools.lru_cache(maxsize=1024)
 def split_schedules(
-    rows: int, programs: int, widths: tuple[int, int], dtype: torch.dtype, device: DeviceKey
+    rows: int, splits: int, programs: int, widths: tuple[int, int], dtype: torch.dtype, device: DeviceKey
 ) -> list[SplitSchedule]:
     """Schedules for splits, the best first.
 
     Args:
         rows: queries times heads of a group.
-        programs: splits times batch times heads of keys.
+        splits: of the keys.
+        programs: batch times heads of keys times tiles of 16 rows.
         widths: the padded depths of keys and values.
     """
     reference = SplitSchedule(16, 4, 1)
@@ -171,8 +174,19 @@ def split_schedules(
         return [SplitSchedule(32, 8, 2), reference]
     # The table was measured for one tile of 16 rows, as decoding has it.
     table = table_of(device)
-    preferred = [s for load, s in table.splits.items() if load == load_of(programs, device.num_sms)] if table else []
-    return [*preferred, SplitSchedule(16, 4, 2), reference]
+    load = load_of(splits * programs, device.num_sms)
+    found = [table.splits[load]] if table and load in table.splits else []
+    found += [replace(s, tma=False) for s in found if s.tma]
+    found += [SplitSchedule(16, 4, 2), reference]
+    if splits == 1 or fills(programs, device.num_sms):
+        return [*(replace(s, parts=0) for s in found), reference]
+    return found
+
+
+def fills(programs: int, num_sms: int) -> bool:
+    """Whether ``programs`` that all take equally long keep nearly all multiprocessors busy to the end."""
+    waves = -(-programs // num_sms)
+    return programs >= 0.9 * waves * num_sms
 
 
 def load_of(programs: int, num_sms: int) -> str:

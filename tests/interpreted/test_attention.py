@@ -19,6 +19,7 @@ from bicompile.lowering.attention.schedule import REFERENCE, SplitSchedule
 
 SCALE = 0.2
 SPLIT = SplitSchedule(16, 4, 1)
+WHOLE = SplitSchedule(16, 4, 1, parts=0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,13 +63,15 @@ def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
 
 
 def both_ways(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
-    """The output by tiles, after it was compared with that by splits and with the exact one."""
+    """The output by tiles, after it was compared with those by splits and with the exact one."""
     p = gpu.problem_of("sdpa", q, k, v, mask, causal, SCALE)
     out, lse = gpu.run_tiles(p, REFERENCE)
-    parts, parts_lse = gpu.run_splits(p, SPLIT)
     wanted = exact(q, k, v, mask, causal)
-    assert close(out, wanted, q.dtype) and close(parts, wanted, q.dtype)
-    torch.testing.assert_close(lse, parts_lse)
+    assert close(out, wanted, q.dtype)
+    for schedule in (SPLIT, WHOLE):
+        parts, parts_lse = gpu.run_splits(p, schedule)
+        assert close(parts, wanted, q.dtype)
+        torch.testing.assert_close(lse, parts_lse)
     assert out.transpose(1, 2).is_contiguous()
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -153,8 +154,9 @@ def aot_cases() -> Iterator[Compilation]:
 
 
 def _tuned_splits() -> list[SplitSchedule]:
-    """What the tables prefer on any architecture."""
-    return list(dict.fromkeys(s for path in sorted(TABLES.glob("*.json")) for s in read_table(path).splits.values()))
+    """What the tables prefer on any architecture, and the same with all splits in one program."""
+    found = [s for path in sorted(TABLES.glob("*.json")) for s in read_table(path).splits.values()]
+    return list(dict.fromkeys(replace(s, parts=parts) for s in found for parts in (s.parts, 0)))
 
 
 def _tuned_backward() -> list[BackwardSchedule]:

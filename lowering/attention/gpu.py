@@ -198,7 +198,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, 
     candidates: list[Schedule] = []
     if wants_split(queries, heads // k.shape[1], keys, batch * heads, device.num_sms):
         splits, programs = num_splits(p.order, keys), batch * k.shape[1] * cdiv(rows, 16)
-        schedules = split_schedules(rows, splits, programs, p.widths, q.dtype, device)
+        schedules = split_schedules(rows, splits, programs, mask is not None, p.widths, q.dtype, device)
         candidates += [s for s in schedules if not s.tma or (takes_tma(p.k) and takes_tma(p.v))]
     else:
         if takes_hopper(p, device.capability):

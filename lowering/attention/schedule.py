@@ -155,7 +155,7 @@ def table_of(device: DeviceKey) -> Table | None:
 
 @functools.lru_cache(maxsize=1024)
 def split_schedules(
-    rows: int, splits: int, programs: int, widths: tuple[int, int], dtype: torch.dtype, device: DeviceKey
+    rows: int, splits: int, programs: int, masked: bool, widths: tuple[int, int], dtype: torch.dtype, device: DeviceKey
 ) -> list[SplitSchedule]:
     """Schedules for splits, the best first.
 
@@ -163,6 +163,7 @@ def split_schedules(
         rows: queries times heads of a group.
         splits: of the keys.
         programs: batch times heads of keys times tiles of 16 rows.
+        masked: whether there is a mask, so that some rows may see fewer keys than others.
         widths: the padded depths of keys and values.
     """
     reference = SplitSchedule(16, 4, 1)
@@ -178,7 +179,7 @@ def split_schedules(
     found = [table.splits[load]] if table and load in table.splits else []
     found += [replace(s, tma=False) for s in found if s.tma]
     found += [SplitSchedule(16, 4, 2), reference]
-    if splits == 1 or fills(programs, device.num_sms):
+    if splits == 1 or (not masked and fills(programs, device.num_sms)):
         return [*(replace(s, parts=0) for s in found), reference]
     return found
 

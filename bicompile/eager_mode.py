@@ -31,6 +31,7 @@ from .passes.lower_norms import BACKWARD_RULES
 from .passes.op_classes import exact_by_name, is_view, op_name
 from .passes.pipeline import RULES
 from .passes.rewriting import Replacement, bind
+from .writes import WRITES, ordered
 
 aten = torch.ops.aten
 bicompile = torch.ops.bicompile
@@ -97,6 +98,8 @@ class _LoweringMode(TorchDispatchMode):
         if isinstance(func, HigherOrderOperator):
             return self._refuse(func, args, kwargs)
         on_gpu = _prepare(args, kwargs)
+        if (better := ordered(func, args, kwargs)) is not None:
+            args, kwargs = better, {}
         if func.namespace == "bicompile" or _runs_as_it_is(func, args, kwargs, on_gpu):
             return func(*args, **kwargs)
         if (target := _functional(func)) is not None:
@@ -158,10 +161,10 @@ def _runs_as_it_is(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, An
         return False  # of 0.0 and -0.0 either, where compiled code takes a certain one
     if on_gpu and op_name(func) in _FREE_TIES and func not in (aten.median.default, aten.nanmedian.default):
         return bool(kwargs.get("stable"))
+    if func in WRITES:  # whose arguments are ordered
+        return not bind(func, args, kwargs).get("accumulate")
     if exact_by_name(func) or is_view(func):
-        return (
-            func not in (aten.index_put.default, aten.index_put_.default) or not bind(func, args, kwargs)["accumulate"]
-        )
+        return True
     if torch.Tag.nondeterministic_seeded in func.tags:
         return False
     name = op_name(func).rstrip("_")

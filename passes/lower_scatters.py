@@ -8,7 +8,7 @@ After::
 
     index_put: "f32[100, 8]" = torch.ops.bicompile.index_put_accumulate.default(zeros, [ids], grad)
 
-Left alone: writes that do not accumulate, which only move values, and integer sums, which are exact.
+Left alone: writes that do not accumulate (``bicompile.writes``), and integer sums, which are exact.
 Numerics: changed (see ``lowering.scatter.order``).  Shape, dtype and strides: unchanged.
 """
 
@@ -57,6 +57,14 @@ def _scatter_reduce(op: OpOverload, args: dict[str, Any]) -> Replacement | None:
     )
 
 
+def _scatter_with_step(op: OpOverload, args: dict[str, Any]) -> Replacement | None:
+    if not is_real(args["self"]):
+        return None
+    reduce = {"add": "sum", "multiply": "prod"}[args["reduce"]]
+    target = bicompile.scatter_reduce.default
+    return Replacement(target, (args["self"], args["dim"], args["index"], args["src"], reduce, True))
+
+
 def _embedding_backward(op: OpOverload, args: dict[str, Any]) -> Replacement | None:
     return Replacement(bicompile.embedding_dense_backward.default, tuple(args.values()))
 
@@ -67,6 +75,7 @@ RULES = {
     aten.index_add.default: _index_add,
     aten.scatter_add.default: _scatter_add,
     aten.scatter_reduce.two: _scatter_reduce,
+    aten.scatter.reduce: _scatter_with_step,
     aten.embedding_dense_backward.default: _embedding_backward,
 }
 

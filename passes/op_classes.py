@@ -77,7 +77,7 @@ def is_exact(node: Node) -> bool:
 
 def exact_by_name(target: OpOverload) -> bool:
     """Whether the op moves, compares or selects values, whatever their dtype."""
-    return op_name(target) in _EXACT_NAMES
+    return op_name(target) in _EXACT_NAMES and target not in (aten.scatter.reduce, aten.scatter.value_reduce)
 
 
 def breaks_ties_freely(node: Node) -> bool:

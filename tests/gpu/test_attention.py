@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from workers import once
 
 from bicompile.lowering.attention import admitted, gpu, gpu_backward
 from bicompile.lowering.attention.op import scaled_dot_product_attention
@@ -94,6 +95,10 @@ def _prepare(case: tuple[torch.dtype, int, str, int]) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
+    once(_compile_beforehand, "attention")
+
+
+def _compile_beforehand() -> None:
     """Compile in parallel what would otherwise be compiled one by one."""
     first, *others = KINDS
     cases = [(*first, mask, n) for mask in ("bool", "causal", "none") for n in (700, 0, 16, 1)]

@@ -25,6 +25,7 @@ from matmul_cases import (
     weight,
 )
 from torch import Tensor
+from workers import once
 
 from bicompile.lowering.gpu.admission import Admission, equal_bits
 from bicompile.lowering.matmul import cublaslt, gpu, probes, reference
@@ -39,7 +40,7 @@ ops = torch.ops.bicompile
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled() -> None:
-    compile_beforehand()
+    once(compile_beforehand, "matmul")
 
 
 @contextlib.contextmanager

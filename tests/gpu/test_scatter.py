@@ -104,7 +104,7 @@ def test_other_ops_are_those_of_the_reference(dtype: torch.dtype):
     "schedule",
     [
         *(REFERENCE, RowSchedule(32, 1, 8, 16, 32, 4), RowSchedule(64, 2, 1, 8, 64, 8)),
-        *(RowSchedule(256, 1, 16, 64, 128, 16), RowSchedule(1024, 4, 8, 128, 32, 32)),
+        *(RowSchedule(256, 1, 8, 64, 128, 4), RowSchedule(1024, 4, 4, 128, 32, 8)),
     ],
     ids=str,
 )
@@ -167,14 +167,11 @@ def test_segment_has_same_bits_whatever_goes_elsewhere(dtype: torch.dtype):
     assert same_bits(ops.index_put_accumulate(zeros, [at], source), whole)
 
 
-def test_large_scatter_is_the_same_twice_and_as_on_the_cpu():
+def test_large_scatter_is_the_same_twice_and_that_of_the_reference():
     """Trap 17: no atomics.  Half of the contributions go to one destination."""
-    from bicompile.lowering.loading import load_cpu
-
-    load_cpu()
     at = torch.where(torch.rand(20_000) < 0.5, 7, indices((20_000,), 1000))
     grad = spread((20_000, 264), torch.bfloat16, 0)
-    expected = ops.embedding_dense_backward(grad, at, 1000, -1, False)
+    expected = reference.embedding_dense_backward(grad, at, 1000, -1, False)
     for _ in range(3):
         assert same_bits(ops.embedding_dense_backward(grad.cuda(), at.cuda(), 1000, -1, False).cpu(), expected)
 

@@ -32,7 +32,7 @@ class SelfTest:
     def __init__(self, family: str, sources: Sequence[Path], cases: Callable[[torch.device], Iterable[Case]]) -> None:
         self.admission = Admission(family, [Path(__file__), *sources])
         self._name = f"{family} kernels"
-        self._cases = cases
+        self.cases = cases
         self._ready: set[int] = set()
 
     def require(self, device: torch.device) -> None:
@@ -51,8 +51,8 @@ class SelfTest:
                 passed = self.admission.allows(
                     self._name,
                     device.index,
-                    lambda: (ours() for ours, _ in self._cases(device)),
-                    lambda: (theirs().to(device) for _, theirs in self._cases(device)),
+                    lambda: (ours() for ours, _ in self.cases(device)),
+                    lambda: (theirs().to(device) for _, theirs in self.cases(device)),
                 )
         finally:
             if not passed:

@@ -21,6 +21,7 @@ from bicompile.lowering.reduction.op import canonical_dim
 
 from .order import gpu_order_for
 from .schedule import schedule_for
+from .selftest import require_scans
 
 
 @triton.jit
@@ -274,6 +275,7 @@ def scan(x: Tensor, how: str, dim: int, dtype: torch.dtype) -> Tensor:
     wide = wide if _rows_of(wide, dim) is not None else wide.contiguous()
 
     def build() -> Step:
+        require_scans(wide.device)
         at = _rows_of(wide, dim)
         assert at is not None
         return plan_scan(at, how, dtype, gpu_order_for(dtype).accumulate, "inclusive")

@@ -48,5 +48,5 @@ def _walked(total: Tensor, index: Tensor, values: Tensor, schedule: ElementSched
 
 
 _HERE = Path(__file__).resolve().parent
-_SCATTERS = SelfTest("scatter", [_HERE / "selftest.py", _HERE / "gpu.py", _HERE / "schedule.py"], _cases)
-require_scatters = _SCATTERS.require
+SCATTERS = SelfTest("scatter", [_HERE / "selftest.py", _HERE / "gpu.py", _HERE / "schedule.py"], _cases)
+require_scatters = SCATTERS.require

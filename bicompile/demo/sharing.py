@@ -10,7 +10,7 @@ building are exact in eager mode.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -21,9 +21,16 @@ MAX_POSITIONS = 512
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def independent_sizes() -> contextlib.AbstractContextManager[None]:
-    """While this is entered, two sizes that happen to be equal do not compile to a graph that wants them equal."""
-    return torch.fx.experimental._config.patch(use_duck_shape=False)
+@contextlib.contextmanager
+def independent_sizes() -> Iterator[None]:
+    """While this is entered, two sizes that happen to be equal do not compile to a graph that wants them equal.
+
+    And the layer's numbers, such as an epsilon, are constants at once: Dynamo would first try them as variables, and
+    trace every graph twice.
+    """
+    sizes = torch.fx.experimental._config.patch(use_duck_shape=False)
+    with sizes, torch._dynamo.config.patch(specialize_float=True):
+        yield
 
 
 def share_layers(model: Any, compile: Compiler) -> None:

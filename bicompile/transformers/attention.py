@@ -64,8 +64,8 @@ def attention_forward(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if causal and (positions := kwargs.get("position_ids")) is not None:
         attention_mask = _unpacked(attention_mask, positions, queries, keys)
-    # In this order: a comparison of sizes may be symbolic, and the flag must be a plain bool.
-    causal = queries > 1 and attention_mask is None and causal
+    # Sizes last, since comparing them specialises a graph; and a plain bool, which a comparison of sizes may not be.
+    causal = True if causal and attention_mask is None and queries > 1 else False
     if causal and keys > queries:
         # A prefill into an empty static cache: the slots behind the queries are unused.
         key, value = key[:, :, :queries], value[:, :, :queries]

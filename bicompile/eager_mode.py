@@ -97,10 +97,17 @@ class _LoweringMode(TorchDispatchMode):
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             return self._refuse(func, args, kwargs)
-        on_gpu = _prepare(args, kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        _check_devices(tensors)
+        on_gpu = any(x.is_cuda for x in tensors)
         if (better := ordered(func, args, kwargs)) is not None:
             args, kwargs = better, {}
-        if func.namespace == "bicompile" or _runs_as_it_is(func, args, kwargs, on_gpu):
+        ours = func.namespace == "bicompile"
+        if not ours and _runs_as_it_is(func, args, kwargs, on_gpu):
+            return func(*args, **kwargs)
+        if not on_gpu:  # what meets a GPU's tensor on the CPU is a number
+            load_for(x.device for x in tensors if x.is_floating_point())
+        if ours:
             return func(*args, **kwargs)
         if (target := _functional(func)) is not None:
             return self._mutate(func, target, args, kwargs)
@@ -142,16 +149,11 @@ class _LoweringMode(TorchDispatchMode):
 _unsupported = functools.cache(unsupported)
 
 
-def _prepare(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Make ready the devices on which an op computes; say whether a GPU is among them."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.device.type != "meta"]
-    for device in {x.device for x in tensors}:
+def _check_devices(tensors: list[Tensor]) -> None:
+    """Refuse a device for which there are no lowerings."""
+    for device in {x.device for x in tensors if x.device.type != "meta"}:
         if reason := _unsupported(device):
             raise UnsupportedOpError(f"bicompile.eager(): a tensor is on {device}: {reason}")
-    on_gpu = any(x.is_cuda for x in tensors)
-    if not on_gpu:  # what meets a GPU's tensor on the CPU is a number, or copied
-        load_for(x.device for x in tensors if x.is_floating_point())
-    return on_gpu
 
 
 def _runs_as_it_is(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], on_gpu: bool) -> bool:

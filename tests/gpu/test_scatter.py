@@ -222,9 +222,11 @@ def test_wrong_arguments_are_named():
     x, at = torch.ones(3, 4, device="cuda"), torch.tensor([0, 1], device="cuda")
     for message, call in {
         "index_add: expected a source of shape": lambda: ops.index_add(x, 0, at, x, 1.0),
-        "index_add: expected a source of dtype float32": lambda: ops.index_add(x, 0, at, x[:2].double(), 1.0),
+        "index_add: expected a source of dtype torch.float32": lambda: ops.index_add(x, 0, at, x[:2].double(), 1.0),
         "index_add: expected int64 or int32 indices": lambda: ops.index_add(x, 0, at.float(), x[:2], 1.0),
-        r"index_add: expected a dim in \[-2, 2\), got 2": lambda: ops.index_add(x, 2, at, x[:2], 1.0),
+        r"index_add: expected a dim in \[-2, 2\) for shape \(3, 4\), got 2": lambda: ops.index_add(
+            x, 2, at, x[:2], 1.0
+        ),
         "scatter_add: expected an index no larger": lambda: ops.scatter_add(x, 0, at.expand(5, 2), x),
         "scatter_add: expected index and src of 2 dims": lambda: ops.scatter_add(x, 0, at, x),
         "scatter_add: expected float32, float64": lambda: ops.scatter_add(x.long(), 0, at[None], x.long()),

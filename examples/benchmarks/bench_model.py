@@ -42,9 +42,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--seconds", type=float, default=60.0, help="for each comparison (decode: a quarter)"
-    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each comparison (decode: a quarter)")
     parser.add_argument("--no-write", action="store_true")
     parser.add_argument("--compile-with", choices=COMPILERS, help=argparse.SUPPRESS)
     args = parser.parse_args()

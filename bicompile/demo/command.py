@@ -7,7 +7,6 @@ import functools
 import json
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from .trials import FULL, QUICK
 
     try:
-        with ThreadPoolExecutor(1) as pool:
-            # Beside the unpacking of the model, which keeps one processor busy.
-            kernels = pool.submit(_build_kernels)
-            model = subject(args.model, _say)
-            kernels.result()
-        result = compare(model, QUICK if args.quick else FULL)
+        result = compare(subject(args.model, _say), QUICK if args.quick else FULL)
     except DemoError as error:
         _say(str(error))
         return 2
@@ -57,12 +51,14 @@ def compare(subject: Any, plan: Any) -> Any:
     import torch
     from tqdm import tqdm
 
+    from ..lowering import native
     from .report import Result
     from .sharing import independent_sizes, share_layers
     from .trials import Asker, Row, measure, steps
 
     compiler = functools.partial(torch.compile, backend="batch_invariant", dynamic=True, fullgraph=True)
     start = time.perf_counter()
+    native.load()  # compiles on the first run, which is better said above the progress bar than inside it
     rows = []
     with tqdm(total=2 * len(plan.dtypes) * steps(plan), unit="batch", disable=None) as bar:
         for dtype in plan.dtypes:
@@ -77,12 +73,6 @@ def compare(subject: Any, plan: Any) -> Any:
                 measure(asker, rows[-1], bar.update, stock)
             torch._dynamo.reset()  # the next dtype's graphs would count as recompilations of these
     return Result(subject.name, rows, time.perf_counter() - start)
-
-
-def _build_kernels() -> None:
-    from ..lowering import native
-
-    native.load()
 
 
 def _say(text: str) -> None:

@@ -53,7 +53,7 @@ def compare(subject: Any, plan: Any) -> Any:
 
     from ..lowering import native
     from .report import Result
-    from .sharing import independent_sizes, share_layers
+    from .sharing import one_graph_settings, share_layers
     from .trials import Asker, Row, measure, steps
 
     compiler = functools.partial(torch.compile, backend="batch_invariant", dynamic=True, fullgraph=True)
@@ -69,7 +69,7 @@ def compare(subject: Any, plan: Any) -> Any:
             bar.set_description(f"{dtype} batch_invariant")
             share_layers(asker.model, compiler)
             rows.append(Row(dtype, "batch_invariant"))
-            with independent_sizes():
+            with one_graph_settings():
                 measure(asker, rows[-1], bar.update, stock)
             torch._dynamo.reset()  # the next dtype's graphs would count as recompilations of these
     return Result(subject.name, rows, time.perf_counter() - start)

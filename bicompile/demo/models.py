@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
 import tempfile
+import unittest.mock
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,15 +84,19 @@ def _folder(gguf: Path, say: Callable[[str], None]) -> Path:
     if missing := [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]:
         raise DemoError(f"demo: reading {gguf.name} needs {' and '.join(missing)}: pip install 'bicompile[hf]'")
     say(f"Unpacking {gguf.name} into {folder}, once ...")
+    import gguf as reading
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    # transformers reads the whole file four times, some seconds each.
+    read_once = unittest.mock.patch.object(reading, "GGUFReader", functools.cache(reading.GGUFReader))
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=folder.parent, prefix="new-"))
     try:
         where: dict[str, Any] = {"gguf_file": gguf.name}
-        AutoTokenizer.from_pretrained(str(gguf.parent), **where).save_pretrained(new)
-        where |= {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
-        AutoModelForCausalLM.from_pretrained(str(gguf.parent), **where).save_pretrained(new)
+        with read_once:
+            AutoTokenizer.from_pretrained(str(gguf.parent), **where).save_pretrained(new)
+            where |= {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+            AutoModelForCausalLM.from_pretrained(str(gguf.parent), **where).save_pretrained(new)
         os.rename(new, folder)
     except OSError:
         if not folder.exists():  # else another process was first

@@ -22,11 +22,11 @@ Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @contextlib.contextmanager
-def independent_sizes() -> Iterator[None]:
-    """While this is entered, two sizes that happen to be equal do not compile to a graph that wants them equal.
+def one_graph_settings() -> Iterator[None]:
+    """Dynamo's settings for few graphs, each traced once, while this is entered.
 
-    And the layer's numbers, such as an epsilon, are constants at once: Dynamo would first try them as variables, and
-    trace every graph twice.
+    Two sizes that happen to be equal do not make a graph that wants them equal.  The layer's numbers, such as an
+    epsilon, are constants at once: Dynamo would try them as variables first, and trace again.
     """
     sizes = torch.fx.experimental._config.patch(use_duck_shape=False)
     with sizes, torch._dynamo.config.patch(specialize_float=True):
@@ -36,7 +36,7 @@ def independent_sizes() -> Iterator[None]:
 def share_layers(model: Any, compile: Compiler) -> None:
     """Rewire ``model`` (a ``LlamaForCausalLM``), in place, to run on three compiled functions.
 
-    Run the model inside :func:`independent_sizes`, and with a cache.
+    Run the model inside :func:`one_graph_settings`, and with a cache.
     """
     run_layer = compile(_layer)
     model.model.layers = nn.ModuleList(

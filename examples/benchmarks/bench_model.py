@@ -29,7 +29,7 @@ from transformers import DynamicCache
 import bicompile
 from bicompile.bench import Report, Row, compare
 from bicompile.demo.models import subject
-from bicompile.demo.sharing import independent_sizes, share_layers
+from bicompile.demo.sharing import one_graph_settings, share_layers
 from bicompile.lowering.native import load
 from bicompile.testing import same_bits
 
@@ -106,7 +106,7 @@ def _first_calls(compiler: str) -> float:
 @contextlib.contextmanager
 def _one_graph_for_all_layers() -> Iterator[None]:
     """Both compilers meet the same functions: what is few graphs for each is many for Dynamo, which counts together."""
-    with torch.no_grad(), independent_sizes(), torch._dynamo.config.patch(recompile_limit=64):
+    with torch.no_grad(), one_graph_settings(), torch._dynamo.config.patch(recompile_limit=64):
         yield
 
 

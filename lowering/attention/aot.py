@@ -12,7 +12,7 @@ from bicompile.lowering.gpu.ahead import Compilation
 
 from .backward_kernels import key_kernel, query_kernel
 from .hopper import ROWS, hopper_kernel
-from .kernels import split_kernel, tile_kernel
+from .kernels import merge_kernel, split_kernel, tile_kernel
 from .order import gpu_order_for
 from .schedule import (
     REFERENCE,
@@ -48,7 +48,7 @@ def compilation(
     )  # fmt: skip
     if isinstance(schedule, SplitSchedule):
         del constants["FLAGGED"]
-        constants |= {"EARLY": False, "PARTS": schedule.parts}
+        constants |= {"EARLY": tma and schedule.parts > 0, "PARTS": schedule.parts}  # early on sm_90, as TMA is
     signature = {a: "i32:16" for a in kernel.arg_names if a not in constants}
     signature |= {a: "i32" for a in _LOOSE if a in signature}
     signature |= {a: f"*{wide}:16" for a in ("lse_ptr", "part_ptr", "stats_ptr") if a in signature}
@@ -70,6 +70,22 @@ def compilation(
         schedule.stages,
         needs=90 if tma or schedule in (TileSchedule(128, 8, 2), *_tuned_splits()) else 80,
     )
+
+
+def merge_compilation(dtype: torch.dtype, depth: int, mask: str, *, early: bool) -> Compilation:
+    """The kernel that merges splits; ``early``: started before the splits have ended."""
+    import triton.language as tl
+
+    (e1, s1), (e2, s2), s3 = gpu_order_for(depth, dtype).splits
+    constants: dict[str, Any] = dict(
+        EARLY=early, BDV=depth, AHEAD=8, MASK=mask, CAUSAL=False, DTYPE=tl.float32, E1=e1, S1=s1, E2=e2, S2=s2, S3=s3
+    )
+    signature = {a: "i32:16" for a in merge_kernel.arg_names if a not in constants}
+    signature |= {a: "i32" for a in _LOOSE if a in signature}
+    signature |= {"part_ptr": "*fp32:16", "stats_ptr": "*fp32:16", "lse_ptr": "*fp32:16"}
+    signature |= {"first_ptr": "*i32:16", "last_ptr": "*i32:16", "out_ptr": f"*{_NAMES[dtype]}:16"}
+    label = f"attention merge {_NAMES[dtype]} {depth} {mask}{' early' if early else ''}"
+    return Compilation(label, merge_kernel, signature, constants, 1, 1, needs=90 if early else 80)
 
 
 def backward_compilations(
@@ -139,6 +155,8 @@ def aot_cases() -> Iterator[Compilation]:
     for mask, causal in (("none", False), ("none", True), ("bool", False), ("additive", False)):
         for schedule in (*tiles, TileSchedule(128, 8, 2, True), TileSchedule(128, 8, 2), *splits):
             yield compilation(schedule, half, 128, mask, causal=causal)
+        if not causal:
+            yield from (merge_compilation(half, 128, mask, early=early) for early in (False, True))
         for kernels in backward:
             yield from backward_compilations(kernels, half, 128, mask, causal=causal)
         if mask != "additive":

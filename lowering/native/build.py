@@ -3,8 +3,8 @@
 The library goes to the user's cache directory (``$BICOMPILE_CACHE_DIR``, else ``$XDG_CACHE_HOME/bicompile``, else
 ``~/.cache/bicompile``) under a name that hashes sources, flags, compiler, processor and torch, so a changed kernel
 never meets an old binary.  It is written under a temporary name and renamed into place: several processes may start
-at once.  ``$BICOMPILE_ISA`` picks the instruction set: ``native`` (default), ``avx2`` or ``scalar``; it changes the
-speed and no bit.
+at once.  ``$BICOMPILE_ISA`` picks the instruction set: ``native`` (default), or for checks ``avx2`` or ``scalar``,
+which are quick to compile and slow; it changes no bit.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _LOWERING = _NATIVE.parent
 
 _ISA_FLAGS = {
     "native": ["-march=native"],
-    "avx2": ["-march=x86-64-v3"],
-    # The build that checks the others: nobody waits for its speed, only for its compilation.
+    # The builds that check the first: nobody waits for their speed, only for their compilation.
+    "avx2": ["-march=x86-64-v3", "-O1"],
     "scalar": ["-DBICOMPILE_SCALAR", "-O1"],
 }
 # Never -ffast-math: the kernels state their order, and the compiler must keep it.

@@ -266,5 +266,5 @@ def _divided_on_gpu(a: Any, b: Any) -> Tensor:
 
 
 def _run(replacement: Replacement) -> Any:
-    result = replacement.target(*replacement.args)
+    result = replacement.target(*replacement.args, **replacement.kwargs)
     return result if replacement.output is None else result[replacement.output]

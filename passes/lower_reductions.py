@@ -10,7 +10,8 @@ After::
 
 ``mean(x * x)`` and ``sum(x * x)`` become ``mean_square`` and ``sum_square``, which read ``x`` once and give the same
 bits, so that a norm does not write its squares to memory.
-Left alone: reductions of integers and booleans, which are exact in any order.
+Left alone: reductions of integers and booleans, which are exact in any order.  One of numbers into an integer dtype
+becomes one of integers.
 Numerics: changed (one order, see ``lowering.reduction.order``).  Shape, dtype and strides: unchanged.
 """
 
@@ -23,7 +24,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .rewriting import Replacement, converted, is_real, lower_by_rules, prims, value
+from .rewriting import Replacement, converted, into_integers, is_real, lower_by_rules, prims, value
 
 aten = torch.ops.aten
 bicompile = torch.ops.bicompile
@@ -44,7 +45,7 @@ def _sum(op: OpOverload, args: dict[str, Any]) -> Replacement | None:
     x = args["self"]
     dtype = args.get("dtype") or value(x).dtype
     if not dtype.is_floating_point:
-        return None
+        return into_integers(op, args)
     if not is_real(x):
         x = converted(x, dtype)
     target = _SUMS[op]

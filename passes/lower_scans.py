@@ -8,7 +8,8 @@ After::
 
     cumsum: "f32[s0, 9]" = torch.ops.bicompile.cumsum.default(x, 1, torch.float32)
 
-Left alone: scans of integers, which are exact, and cummax and cummin, which only choose.
+Left alone: scans of integers, which are exact, and cummax and cummin, which only choose.  A scan of numbers into an
+integer dtype becomes one of integers.
 Numerics: changed (ascending, one by one, see ``lowering.scan.order``).  Shape, dtype and strides: unchanged.
 """
 
@@ -21,7 +22,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
-from .rewriting import Replacement, converted, is_real, lower_by_rules, value
+from .rewriting import Replacement, converted, into_integers, is_real, lower_by_rules, value
 
 aten = torch.ops.aten
 bicompile = torch.ops.bicompile
@@ -30,7 +31,7 @@ bicompile = torch.ops.bicompile
 def _scan(op: OpOverload, args: dict[str, Any]) -> Replacement | None:
     dtype = args["dtype"] or value(args["self"]).dtype
     if not dtype.is_floating_point:
-        return None
+        return into_integers(op, args)
     x = args["self"] if is_real(args["self"]) else converted(args["self"], dtype)
     target = bicompile.cumsum.default if op is aten.cumsum.default else bicompile.cumprod.default
     return Replacement(target, (x, args["dim"], dtype))

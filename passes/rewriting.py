@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ prims = torch.ops.prims
 
 @dataclass(frozen=True)
 class Replacement:
-    """``target(*args)``, whose value stands for the replaced op's.
+    """``target(*args, **kwargs)``, whose value stands for the replaced op's.
 
     ``output`` picks one of several results; None where the replaced op returns as many as the target.
     """
@@ -34,6 +34,7 @@ class Replacement:
     target: OpOverload
     args: tuple[Any, ...]
     output: int | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 Rule = Callable[[OpOverload, dict[str, Any]], Replacement | None]
@@ -47,7 +48,8 @@ def lower_by_rules(gm: GraphModule, rules: Mapping[OpOverload, Rule]) -> PassRes
             with gm.graph.inserting_before(node):
                 if (replacement := rule(target, arguments(node))) is None:
                     continue
-                _put_in_place(node, call(node, replacement.target, *replacement.args), replacement.output)
+                new = call(node, replacement.target, *replacement.args, **replacement.kwargs)
+                _put_in_place(node, new, replacement.output)
             replaced += 1
     if replaced:
         gm.graph.lint()
@@ -67,18 +69,18 @@ def _put_in_place(node: Node, new: Node, output: int | None) -> None:
     node.graph.erase_node(node)
 
 
-def call(like: Node, target: Callable[..., Any], *args: Any) -> Node:
-    """Insert ``target(*args)`` at the graph's insertion point, with source and fake value filled in.
+def call(like: Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+    """Insert ``target(*args, **kwargs)`` at the graph's insertion point, with source and fake value filled in.
 
     Args:
         like: the node whose stack trace the new one inherits, so that messages name the user's line.
     """
     graph = like.graph
-    new = graph.call_function(target, args)
+    new = graph.call_function(target, args, kwargs)
     new.meta = {key: value for key, value in like.meta.items() if key in _INHERITED}
-    fake_args = tree_map_only(Node, lambda n: n.meta["val"], args)
+    fake_args, fake_kwargs = tree_map_only(Node, lambda n: n.meta["val"], (args, kwargs))
     with fake_mode_of(like):
-        new.meta["val"] = target(*fake_args)
+        new.meta["val"] = target(*fake_args, **fake_kwargs)
     return new
 
 
@@ -132,6 +134,20 @@ def converted(x: Any, dtype: torch.dtype) -> Any:
     if isinstance(x, Node):
         return call(x, prims.convert_element_type.default, x, dtype)
     return x.to(dtype)
+
+
+def into_integers(op: OpOverload, args: Mapping[str, Any]) -> Replacement | None:
+    """``op`` with an integer ``dtype``, which is exact: of integers, as torch makes numbers integers before it adds."""
+    if not is_real(args["self"]):
+        return None
+    positional = [converted(args["self"], args["dtype"])]
+    keywords = {}
+    for argument in op._schema.arguments[1:]:  # Inductor has other names for what torch does not call by name
+        if argument.kwarg_only:
+            keywords[argument.name] = args[argument.name]
+        else:
+            positional.append(args[argument.name])
+    return Replacement(op, tuple(positional), kwargs=keywords)
 
 
 def replace_outputs(node: Node, outputs: Sequence[Node | None]) -> None:

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import bicompile
 from bicompile.decompositions import decomposition_table
 from bicompile.lowering import native
 from bicompile.passes import lower_matmuls, lower_norms, lower_reductions, lower_scans, lower_scatters, lower_softmax
 from bicompile.passes.certify import Certification, certify_pass
 from bicompile.passes.pipeline import PIPELINE, Pipeline
+from bicompile.testing import same_bits
 
 
 def graph_of(fn, *inputs):
@@ -206,3 +208,24 @@ def test_pipeline_reaches_every_pass_and_has_a_uuid():
     gm = graph_of(lambda x, y: F.layer_norm((x @ y).softmax(-1), (5,)).cumsum(-1).mean(), X, Y)
     Pipeline(Certification(), "salt")(gm.graph)
     assert set(own(gm)) == {"bmm", "softmax", "layer_norm", "cumsum", "mean"}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.cumsum(1, dtype=torch.int32),
+        lambda x: x.cumprod(0, dtype=torch.int64),
+        lambda x: x.sum(1, dtype=torch.int64),
+        lambda x: x.sum(dtype=torch.int32),
+        lambda x: x.prod(1, dtype=torch.int32),
+    ],
+)
+def test_sums_of_numbers_into_integers_are_exact(function):
+    """Where transformers counts the tokens of its experts, for one."""
+    x = torch.tensor([[1.7, -2.9, 3.5], [0.9, 0.9, 4.0]])
+    expected = function(x)
+    compiled = torch.compile(function, backend="batch_invariant")(x)
+    with bicompile.eager():
+        eager = function(x)
+    assert same_bits(compiled, expected) and same_bits(eager, expected)
+    assert compiled.dtype == eager.dtype == expected.dtype

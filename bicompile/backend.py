@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch._inductor import compile_fx as inductor
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_leaves
 
 from .config import Options, cache_salt, parse_options, pinned_settings
 from .decompositions import decomposition_table
@@ -24,7 +23,6 @@ from .interception import intercept_attention
 from .lowering.elementwise.codegen_cpu import materialise_headers, pinned_cpu_codegen
 from .lowering.elementwise.codegen_gpu import pinned_gpu_codegen
 from .lowering.elementwise.codegen_sizes import pinned_sizes
-from .lowering.loading import load_for
 from .passes.certify import Certification
 from .passes.pipeline import Pipeline
 
@@ -73,24 +71,10 @@ def compile_graph(
     inner_compile: InnerCompile,
 ) -> Any:
     """Trace, lower and certify ``gm``, and hand each finished graph to ``inner_compile``."""
-    load_for(floating_devices(gm, example_inputs))
     pipeline = Pipeline(certification, cache_salt(options))
     settings = {**options.inductor, **pinned_settings(), "post_grad_custom_post_pass": pipeline}
     with intercept_attention(), _decomposing_our_way():
         return inductor.compile_fx(gm, list(example_inputs), inner_compile=inner_compile, config_patches=settings)
-
-
-def floating_devices(gm: GraphModule, example_inputs: Sequence[Any]) -> set[torch.device]:
-    """The devices of all floating-point tensors that Dynamo saw: inputs, parameters, constants, intermediate results.
-
-    Asked before tracing, because a graph that comes from a cache is not traced.
-    """
-    found: list[Any] = [*example_inputs, *gm.parameters(), *gm.buffers()]
-    for module in gm.modules():
-        if isinstance(module, GraphModule):
-            found += [node.meta.get("example_value") for node in module.graph.nodes]
-    tensors = [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
-    return {x.device for x in tensors if x.is_floating_point() or x.is_complex()}
 
 
 def _inner_compile(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:

@@ -172,10 +172,11 @@ def _first_line(command: list[str]) -> str:
 
 def _cpu() -> Device:
     try:
-        built = native.library_path().with_suffix(".tested").exists()
+        names = native.libraries()
+        ready = [name for name in names if native.library_path(name).with_suffix(".tested").exists()]
     except native.NativeBuildError:
         return Device("cpu", device_name(), "kernels not built", False)
-    state = "kernels built and tested" if built else "kernels not built yet; they are when a model first runs"
+    state = f"{len(ready)} of {len(names)} kernel libraries built and tested; the others when a model needs them"
     return Device("cpu", device_name(), f"instruction set {native.isa()}, {state}", True)
 
 

@@ -26,7 +26,6 @@ from .errors import UnsupportedOpError
 from .interception import intercept_attention
 from .lowering.elementwise.op import PINNED_BINARY, PINNED_UNARY
 from .lowering.gpu.device import unsupported
-from .lowering.loading import load_for
 from .passes.lower_norms import BACKWARD_RULES
 from .passes.op_classes import exact_by_name, is_view, op_name
 from .passes.pipeline import RULES
@@ -102,12 +101,7 @@ class _LoweringMode(TorchDispatchMode):
         on_gpu = any(x.is_cuda for x in tensors)
         if (better := ordered(func, args, kwargs)) is not None:
             args, kwargs = better, {}
-        ours = func.namespace == "bicompile"
-        if not ours and _runs_as_it_is(func, args, kwargs, on_gpu):
-            return func(*args, **kwargs)
-        if not on_gpu:  # what meets a GPU's tensor on the CPU is a number
-            load_for(x.device for x in tensors if x.is_floating_point())
-        if ours:
+        if func.namespace == "bicompile" or _runs_as_it_is(func, args, kwargs, on_gpu):
             return func(*args, **kwargs)
         if (target := _functional(func)) is not None:
             return self._mutate(func, target, args, kwargs)

@@ -3,7 +3,9 @@
 if __name__ != "bicompile.lowering":
     raise ImportError("import bicompile.lowering, not lowering")
 
-# Importing an op module defines its schemas, which the passes name.
+# Importing an op module defines its schemas, which the passes name; loading gives each op what runs until its kernel is
+# there.
+from . import loading
 from .attention import op as attention_op
 from .elementwise import op as elementwise_op
 from .matmul import op as matmul_op
@@ -17,6 +19,7 @@ from .softmax import op as softmax_op
 __all__ = [
     "attention_op",
     "elementwise_op",
+    "loading",
     "matmul_op",
     "norm_op",
     "reduction_op",

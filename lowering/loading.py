@@ -1,23 +1,29 @@
-"""Load the kernels that a graph needs; hold the CPU kernels against their references, once for each binary.
+"""Load the CPU kernels that a graph or a call needs, and hold them against their references, once for each binary.
+
+A library of kernels is compiled when the first graph that uses them is, or else at the first call: an op has a stub
+until its kernel is registered in front of it.  GPU kernels load themselves.
 
 A compiler or a processor that does not do what the kernels rely on must not pass silently: before a new library is
-used, each family computes a few small cases whose bits its reference knows.  The verdict is kept beside the binary.
+used, it computes a few small cases whose bits a reference knows.  The verdict is kept beside the binary.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from . import native
 from .attention import reference as attention
 from .matmul import reference as matmul
+from .norm import reference as norm
 from .reduction import reference as reduction
 from .scan import reference as scan
 from .scatter import reference as scatter
@@ -26,41 +32,73 @@ from .softmax import reference as softmax
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def load_for(devices: Iterable[torch.device]) -> None:
-    """Load what runs on ``devices``.  GPU kernels load themselves when they are first called.
+# The ops of each library of C++ kernels, as its source registers them.
+KERNELS = {
+    "attention": ("sdpa", "sdpa_backward"),
+    "elementwise": ("unary", "binary"),
+    "matmul": ("mm", "bmm", "addmm", "baddbmm"),
+    "norm": tuple(
+        f"{kind}_norm{part}" for kind in ("layer", "group") for part in ("", "_backward", "_backward_params")
+    ),
+    "reduction": ("sum", "mean", "sum_square", "mean_square"),
+    "reduction_others": ("prod", "amax", "amin", "var", "vector_norm", "logsumexp"),
+    "scan": ("cumsum", "cumprod", "logcumsumexp"),
+    "scatter": ("index_add", "segment_add", "scatter_add", "scatter_reduce", "embedding_dense_backward"),
+    "softmax": ("softmax", "softmax_backward"),
+}
+_LIBRARY = {f"bicompile::{op}": library for library, ops in KERNELS.items() for op in ops}
+
+
+def load_for(gm: GraphModule) -> None:
+    """Load the libraries of the ops in ``gm`` that compute on the CPU, building several at once.
 
     Raises:
-        NativeBuildError: see :func:`load_cpu`.
+        NativeBuildError: see :func:`load`.
     """
-    if any(device.type == "cpu" for device in devices):
-        load_cpu()
+    needed = set()
+    for name, library in _LIBRARY.items():
+        for node in gm.graph.find_nodes(op="call_function", target=_overload(name)):
+            if any(leaf.device.type == "cpu" for leaf in tree_leaves(node.meta["val"]) if isinstance(leaf, Tensor)):
+                needed.add(library)
+    load(*needed)
 
 
-@functools.cache
-def load_cpu() -> None:
-    """Build the CPU kernels if need be, load them, and test them if this binary has not been tested yet.
+def load(*names: str) -> None:
+    """Build the libraries ``names`` if need be, load them, and test those binaries that have not been tested yet.
 
     Raises:
         NativeBuildError: they cannot be built or loaded, or gave bits that their references do not give.
     """
-    library = native.load()
-    passed = library.with_suffix(".tested")
-    if not passed.exists():
-        self_test(library)
-        passed.touch()
+    names = tuple(name for name in names if name not in _loaded)
+    for name, path in zip(names, native.load(*names), strict=True):
+        for op in KERNELS[name]:
+            _overload(op)._dispatch_cache.clear()  # where eager() remembers that there was a stub only
+        passed = path.with_suffix(".tested")
+        if not passed.exists():
+            self_test(name, path)
+            passed.touch()
+        _loaded.add(name)
 
 
-def self_test(library: Path) -> None:
-    """Compare small cases of every family with its reference, bit for bit.
+_loaded: set[str] = set()
+
+
+def _overload(op: str) -> OpOverload:
+    """``mm`` or ``bicompile::mm`` as torch knows it."""
+    return getattr(torch.ops.bicompile, op.removeprefix("bicompile::")).default
+
+
+def self_test(name: str, path: Path) -> None:
+    """Compare small cases of the library ``name`` with its reference, bit for bit.
 
     Raises:
         NativeBuildError: one differs; the message names it.
     """
     with _disable_current_modes(), torch.no_grad():
-        wrong = [name for name, ours, theirs in _cases() if not _same(ours(), theirs())]
+        wrong = [case for library, case, ours, theirs in _cases() if library == name and not _same(ours(), theirs())]
     if wrong:
         raise native.NativeBuildError(
-            f"{library} gives other bits than its references for {', '.join(wrong)}, so this compiler or processor "
+            f"{path} gives other bits than its references for {', '.join(wrong)}, so this compiler or processor "
             "breaks the kernels' order. Try another compiler through CXX, or BICOMPILE_ISA=scalar, and report it."
         )
 
@@ -70,8 +108,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
 
 
-def _cases() -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]]:
-    """Name, kernel and reference of each case; lengths cross a block of each order and leave a ragged tail."""
+def _cases() -> Iterator[tuple[str, str, Callable[[], Tensor], Callable[[], Tensor]]]:
+    """Library, name, kernel and reference of each case; lengths cross a block of each order and leave a ragged tail."""
     ours = torch.ops.bicompile
     generator = torch.Generator().manual_seed(0)
 
@@ -79,11 +117,12 @@ def _cases() -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]]
         scale = torch.exp2(torch.randint(-6, 7, shape, generator=generator, device="cpu").double())
         return (torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * scale).to(dtype)
 
-    def case(name: str, target: Any, known: Callable[..., Any], *args: Any) -> Any:
+    def case(name: str, target: OpOverload, known: Callable[..., Any], *args: Any) -> Any:
         def first(result: Any) -> Tensor:
             return result[0] if isinstance(result, tuple) else result
 
-        return f"{name} in {dtype}", lambda: first(target(*args)), lambda: first(known(*args))
+        library = _LIBRARY[target.name()]
+        return library, f"{name} in {dtype}", lambda: first(target(*args)), lambda: first(known(*args))
 
     for dtype in _DTYPES:
         a, b, x = draw(3, 197, dtype=dtype), draw(19, 197, dtype=dtype).T, draw(3, 77, dtype=dtype)
@@ -92,7 +131,37 @@ def _cases() -> Iterator[tuple[str, Callable[[], Tensor], Callable[[], Tensor]]]
         yield case("mm", ours.mm.default, matmul.mm, a, b)
         yield case("sum", ours.sum.default, reduction.sum, x, [1], False, dtype)
         yield case("sum over columns", ours.sum.default, reduction.sum, x.T.contiguous(), [0], False, dtype)
+        yield case("amax", ours.amax.default, reduction.amax, x, [1], False, dtype)
         yield case("softmax", ours.softmax.default, softmax.softmax, x, 1, False, dtype)
+        yield case("layer_norm", ours.layer_norm.default, norm.layer_norm, x, 1, x[0], None, 1e-5)
         yield case("sdpa", ours.sdpa.default, attention.sdpa, *heads, None, True, 0.3)
         yield case("cumsum", ours.cumsum.default, scan.cumsum, x, 1, dtype)
         yield case("index_add", ours.index_add.default, scatter.index_add, x[:2], 0, index, x, 1.0)
+        yield case("exp", ours.unary.default, _one_by_one, x, "exp")
+
+
+def _one_by_one(x: Tensor, name: str) -> Tensor:
+    """Elementwise functions have no reference but themselves: the vector code's bits are those of the scalar code."""
+    single = [torch.ops.bicompile.unary(number[None], name) for number in x.flatten()]
+    return torch.cat(single).view(x.shape)
+
+
+def _stub(op: str) -> Callable[..., Any]:
+    """What runs where no kernel of ``op`` is registered yet, such as for a graph that came from a cache."""
+
+    def load_and_run(*args: Any, **kwargs: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if _LIBRARY[op] in _loaded or any(x.device.type != "cpu" for x in tensors):
+            kinds = sorted({f"{x.layout} on {x.device}" for x in tensors})
+            raise NotImplementedError(f"{op}: expected dense tensors on the CPU or on a GPU, got {', '.join(kinds)}")
+        load(_LIBRARY[op])
+        with torch._C._AutoDispatchBelowAutograd():
+            return _overload(op)(*args, **kwargs)
+
+    return load_and_run
+
+
+# An alias key: a kernel for the CPU or for CUDA goes before it.
+_STUBS = torch.library.Library("bicompile", "FRAGMENT")
+for _op in _LIBRARY:
+    _STUBS.impl(_op, _stub(_op), "CompositeExplicitAutograd")

@@ -9,6 +9,8 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
+from bicompile.lowering.loading import load_for
+
 from . import (
     fuse_rms_norms,
     lower_matmuls,
@@ -46,7 +48,7 @@ RULES: dict[OpOverload, Rule] = {
 
 
 class Pipeline(CustomGraphPass):
-    """Runs ``PIPELINE``, then certifies; as an Inductor pass, on every graph and nested graph.
+    """Runs ``PIPELINE``, certifies, and loads the CPU kernels; as an Inductor pass, on every graph and nested graph.
 
     Args:
         certification: what is allowed, and where the classification goes.
@@ -63,6 +65,7 @@ class Pipeline(CustomGraphPass):
         for lower in PIPELINE:
             lower(gm)
         certify_pass(gm, self.certification)
+        load_for(gm)
 
     def uuid(self) -> str:
         """The salt.  PyTorch's own keys know neither our decompositions nor our kernels."""

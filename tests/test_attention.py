@@ -22,7 +22,6 @@ from bicompile.errors import UnsupportedOpError
 from bicompile.lowering.attention import reference
 from bicompile.lowering.attention.op import scaled_dot_product_attention
 from bicompile.lowering.attention.order import order_for
-from bicompile.lowering.native import load
 from bicompile.testing import same_bits
 from bicompile.testing.layouts import LAYOUTS, lay_out
 
@@ -30,11 +29,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 ops = torch.ops.bicompile
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    load()
 
 
 def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -511,11 +505,7 @@ def test_error_is_not_much_above_that_of_torch(dtype: torch.dtype, causal: bool)
 
 _ISA_PROGRAM = """
 import sys, torch
-from pathlib import Path
-from bicompile.lowering.native import build
-build.sources = lambda: [Path(build.__file__).parent.parent / "attention" / "cpu.cpp"]  # the others are not needed
-import bicompile.lowering.attention.op
-build.load()
+import bicompile
 ops, results = torch.ops.bicompile, []
 for grad, q, k, v, mask, causal in torch.load(sys.argv[1]):
     out, lse = ops.sdpa(q, k, v, mask, causal, 0.2)

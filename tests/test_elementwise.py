@@ -43,11 +43,6 @@ _SPECIAL = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _kernels() -> None:
-    native.load()
-
-
 def _inductor(*, pinned: bool = True, **settings: Any) -> Callable[..., Any]:
     """Stock Inductor as a backend, with or without our functions."""
 

@@ -14,13 +14,6 @@ from bicompile.testing import same_bits
 ops = torch.ops.bicompile
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _kernels() -> None:
-    from bicompile.lowering.loading import load_cpu
-
-    load_cpu()
-
-
 def _draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 

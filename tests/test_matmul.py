@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bicompile.lowering.matmul.op  # noqa: F401  registers the ops
-from bicompile.lowering import native
 from bicompile.lowering.matmul import reference
 from bicompile.lowering.matmul.order import order_for
 from bicompile.testing import LAYOUTS, lay_out, same_bits
@@ -29,11 +28,6 @@ KINDS = ("normal", "binades", "cancelling", "tiny", "special")
 SHAPES = ((1, 1, 1), (3, 17, 5), (1, 193, 70), (6, 191, 64), (7, 385, 33), (15, 192, 40), (29, 200, 97), (2, 576, 128))
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CPU kernels are built on Linux")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _kernels() -> None:
-    native.load()
 
 
 def mm(a: Tensor, b: Tensor) -> Tensor:
@@ -219,9 +213,6 @@ def test_flushing_denormals_in_the_calling_thread_does_not_show():
 
 _HASH_RESULTS = """
 import sys, test_matmul
-from bicompile.lowering.native import build
-build.sources = lambda: [build._LOWERING / "matmul" / "cpu.cpp"]
-build.load()
 print(test_matmul.hash_of_results())
 """
 

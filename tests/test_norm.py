@@ -15,7 +15,6 @@ from test_reduction import DTYPES, spread, worst_error
 from torch import Tensor
 
 import bicompile.lowering.norm.op  # noqa: F401 (registers the ops)
-from bicompile.lowering.native import load
 from bicompile.lowering.norm import reference
 from bicompile.lowering.norm.order import order_for
 from bicompile.testing import same_bits
@@ -23,11 +22,6 @@ from bicompile.testing.layouts import LAYOUTS, lay_out
 
 ops = torch.ops.bicompile
 EPS = 1e-5
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    load()
 
 
 def layer_norm_results(

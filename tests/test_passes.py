@@ -9,7 +9,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import bicompile
 from bicompile.decompositions import decomposition_table
-from bicompile.lowering import native
 from bicompile.passes import lower_matmuls, lower_norms, lower_reductions, lower_scans, lower_scatters, lower_softmax
 from bicompile.passes.certify import Certification, certify_pass
 from bicompile.passes.pipeline import PIPELINE, Pipeline
@@ -18,7 +17,6 @@ from bicompile.testing import same_bits
 
 def graph_of(fn, *inputs):
     """The functional ATen graph of ``fn``, as the pipeline receives it."""
-    native.load()
     with torch.no_grad():
         return make_fx(torch.func.functionalize(fn), decomposition_table(), tracing_mode="fake")(*inputs)
 

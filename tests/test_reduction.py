@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bicompile.lowering.reduction.op  # noqa: F401 (registers the ops)
-from bicompile.lowering.native import load
 from bicompile.lowering.reduction import reference
 from bicompile.lowering.reduction.order import order_for
 from bicompile.testing import same_bits
@@ -37,11 +36,6 @@ REDUCTIONS: dict[str, Reduction] = {
     "std": lambda x, d, k: ops.var(x, d, 0.0, k, True),
     "logsumexp": lambda x, d, k: ops.logsumexp(x, d, k),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    load()
 
 
 def spread(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -184,13 +178,11 @@ def test_threads_do_not_show(name: str, set_threads: Callable[[int], None]):
 
 _PROGRAM = """
 import hashlib, math, torch
-from test_reduction import REDUCTIONS, DTYPES, spread, load
+from test_reduction import REDUCTIONS, DTYPES, spread
 from test_softmax import all_results as softmax
 from test_norm import all_results as norm
-from bicompile.lowering.native import build
-if build.isa() != "native":  # which is built already
-    build.sources = lambda: [build._LOWERING / name / "cpu.cpp" for name in ("reduction", "softmax", "norm")]
-load()
+from bicompile.lowering import native
+native.load("reduction", "reduction_others", "softmax", "norm")  # at once
 digest = hashlib.sha256()
 def add(t):
     for u in t if isinstance(t, (tuple, list)) else [t]:
@@ -208,7 +200,7 @@ print(digest.hexdigest())
 
 
 def test_instruction_sets_give_the_same_bits():
-    """Of reductions, softmax and norms together, from one library for each set."""
+    """Of reductions, softmax and norms together."""
     found = {}
     for isa in ("native", "avx2", "scalar"):
         if isa == "avx2" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bicompile.lowering.scan.op  # noqa: F401 (registers the ops)
-from bicompile.lowering.native import load
 from bicompile.lowering.scan import reference
 from bicompile.lowering.scan.order import order_for
 from bicompile.testing import same_bits
@@ -25,11 +24,6 @@ from bicompile.testing import same_bits
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ops = torch.ops.bicompile
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    load()
 
 
 def spread(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -204,11 +198,7 @@ def test_wrong_arguments_are_named(fake: bool):
 
 _ISA_PROGRAM = """
 import sys, torch
-from pathlib import Path
-from bicompile.lowering.native import build
-build.sources = lambda: [Path(build.__file__).parent.parent / "scan" / "cpu.cpp"]  # the others are not needed
-import bicompile.lowering.scan.op
-build.load()
+import bicompile
 xs = torch.load(sys.argv[1])
 ops = torch.ops.bicompile
 torch.save([(ops.cumsum(x, d, x.dtype), ops.cumprod(x, d, x.dtype), ops.logcumsumexp(x, d))

@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import bicompile.lowering.scatter.op  # noqa: F401 (registers the ops)
-from bicompile.lowering.native import load
 from bicompile.lowering.scatter import reference
 from bicompile.lowering.scatter.order import order_for
 from bicompile.testing import same_bits
@@ -28,11 +27,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("sum", "prod", "mean", "amax", "amin")
 SIZES = st.sampled_from([0, 1, 2, 3, 5, 17, 40])
 ops = torch.ops.bicompile
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    load()
 
 
 def spread(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
@@ -313,11 +307,7 @@ def test_wrong_arguments_are_named():
 
 _ISA_PROGRAM = """
 import sys, torch
-from pathlib import Path
-from bicompile.lowering.native import build
-build.sources = lambda: [Path(build.__file__).parent.parent / "scatter" / "cpu.cpp"]  # the others are not needed
-import bicompile.lowering.scatter.op
-build.load()
+import bicompile
 results = [getattr(torch.ops.bicompile, name)(*arguments) for name, arguments in torch.load(sys.argv[1])]
 torch.save(results, sys.argv[2])
 """

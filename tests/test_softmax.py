@@ -14,18 +14,12 @@ from test_reduction import DTYPES, poison, spread, tensors, worst_error
 from torch import Tensor
 
 import bicompile.lowering.softmax.op  # noqa: F401 (registers the ops)
-from bicompile.lowering.native import load
 from bicompile.lowering.softmax import reference
 from bicompile.lowering.softmax.order import order_for
 from bicompile.testing import same_bits
 from bicompile.testing.layouts import LAYOUTS, lay_out
 
 ops = torch.ops.bicompile
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _library() -> None:
-    load()
 
 
 def all_results(x: Tensor) -> list[Tensor]:

@@ -7,6 +7,7 @@ import functools
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,18 @@ def add_command(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo; the exit code."""
+    from ..lowering import loading
     from .models import DemoError, subject
+    from .sharing import KERNELS
     from .trials import FULL, QUICK
 
     try:
-        result = compare(subject(args.model, _say), QUICK if args.quick else FULL)
+        with ThreadPoolExecutor(1) as pool:
+            # On the first run one is compiled and the other unpacked, better before the progress bar than inside it.
+            kernels = pool.submit(loading.load, *KERNELS)
+            asked = subject(args.model, _say)
+            kernels.result()
+        result = compare(asked, QUICK if args.quick else FULL)
     except DemoError as error:
         _say(str(error))
         return 2
@@ -51,14 +59,12 @@ def compare(subject: Any, plan: Any) -> Any:
     import torch
     from tqdm import tqdm
 
-    from ..lowering import native
     from .report import Result
     from .sharing import one_graph_settings, share_layers
     from .trials import Asker, Row, measure, steps
 
     compiler = functools.partial(torch.compile, backend="batch_invariant", dynamic=True, fullgraph=True)
     start = time.perf_counter()
-    native.load()  # compiles on the first run, which is better said above the progress bar than inside it
     rows = []
     with tqdm(total=2 * len(plan.dtypes) * steps(plan), unit="batch", disable=None) as bar:
         for dtype in plan.dtypes:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 MAX_POSITIONS = 512
+KERNELS = ("reduction", "attention", "matmul")  # what a Llama computes with
 
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 import bicompile.lowering.attention.op  # noqa: F401 (registers bicompile::sdpa)
 from bicompile.bench import Report, Row, compare, rotate
-from bicompile.lowering.native import load
 from bicompile.testing import same_bits
 
 HEADS, KV_HEADS, DEPTH = 9, 3, 64
@@ -112,7 +111,6 @@ def main() -> None:
     parser.add_argument("--no-write", action="store_true", help="print only")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    load()
     report, groups = Report("attention"), dict[str, list[float]]()
     with torch.inference_mode():
         for case in cases():

@@ -23,9 +23,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout
 
+import bicompile  # noqa: E402, F401
 import bicompile.lowering.matmul.op  # noqa: E402, F401  registers the ops
 from bicompile.bench import Comparison, Report, Row, compare, rotate  # noqa: E402
-from bicompile.lowering import native  # noqa: E402
 from bicompile.testing import same_bits  # noqa: E402
 
 ROWS = (1, 4, 16, 64, 256, 1024)
@@ -114,7 +114,6 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="fewer shapes, shorter, and no result file")
     parser.add_argument("--seconds", type=float, help="time for each case (default 1.5, quick 0.3)")
     arguments = parser.parse_args()
-    native.load()
     torch.manual_seed(0)
     report = Report("matmul")
     groups: dict[str, list[float]] = {}

@@ -30,7 +30,7 @@ import bicompile
 from bicompile.bench import Report, Row, compare
 from bicompile.demo.models import subject
 from bicompile.demo.sharing import one_graph_settings, share_layers
-from bicompile.lowering.native import load
+from bicompile.lowering import loading
 from bicompile.testing import same_bits
 
 PROMPT, PREFILL = 64, 256
@@ -91,7 +91,7 @@ def _compile_time(report: Report, threads: int, pairs: int = 2) -> Iterator[Row]
 
 def _first_calls(compiler: str) -> float:
     """Seconds of the first call at each specialisation, one row and many, one token and many, with empty caches."""
-    load()  # the kernels are compiled once a machine
+    loading.load(*loading.KERNELS)  # the kernels are compiled once a machine
     torch.compile(lambda x: x + 1)(torch.ones(2))  # imports and the precompiled header are nobody's cost
     with _one_graph_for_all_layers():
         model = _compiled(torch.float32, compiler)

@@ -19,7 +19,6 @@ from torch import Tensor
 import bicompile.lowering  # noqa: F401 (defines the ops)
 from bicompile.bench.results import Report, Row
 from bicompile.bench.timing import compare
-from bicompile.lowering.native import load
 from bicompile.testing import same_bits
 
 aten, ours = torch.ops.aten, torch.ops.bicompile
@@ -107,7 +106,6 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    load()
     report, ratios = Report("reduction"), dict[str, list[float]]()
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):

@@ -1,9 +1,9 @@
-"""Compile the C++ kernels of every op family into one shared library, once per machine, and load it.
+"""Compile C++ kernels into shared libraries, one for an op family or a part of it, once per machine, and load them.
 
-The library goes to the user's cache directory (``$BICOMPILE_CACHE_DIR``, else ``$XDG_CACHE_HOME/bicompile``, else
-``~/.cache/bicompile``) under a name that hashes sources, flags, compiler, processor and torch, so a changed kernel
-never meets an old binary.  It is written under a temporary name and renamed into place: several processes may start
-at once.  ``$BICOMPILE_ISA`` picks the instruction set: ``native`` (default), or for checks ``avx2`` or ``scalar``,
+The libraries go to the user's cache directory (``$BICOMPILE_CACHE_DIR``, else ``$XDG_CACHE_HOME/bicompile``, else
+``~/.cache/bicompile``) under names that hash sources, flags, compiler, processor and torch, so a changed kernel never
+meets an old binary.  Each is written under a temporary name and renamed into place: several processes may start at
+once.  ``$BICOMPILE_ISA`` picks the instruction set: ``native`` (default), or for checks ``avx2`` or ``scalar``,
 which are quick to compile and slow; it changes no bit.
 """
 
@@ -38,16 +38,24 @@ _ISA_FLAGS = {
 _FLAGS = ["-O3", "-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
 _FLAGS += ["-Wno-maybe-uninitialized"]  # gcc 12 says it of its own AVX-512 intrinsics
 # Many templates; started last, one of them would be compiled alone while the other processors wait.
-_SLOW = ("norm", "reduction", "softmax")
+_SLOW = ("reduction_others", "softmax", "norm", "attention")
 
 
 class NativeBuildError(RuntimeError):
     """The C++ kernels could not be built or loaded; the message says what to install or to report."""
 
 
-def sources() -> list[Path]:
-    """The translation units: one ``cpu.cpp`` for each op family, those first that take longest to compile."""
-    return sorted(_LOWERING.glob("*/cpu.cpp"), key=lambda path: (path.parent.name not in _SLOW, path))
+def libraries() -> list[str]:
+    """The names of all libraries, those first that take longest to compile."""
+    names = {path.parent.name + path.stem.removeprefix("cpu") for path in _LOWERING.glob("*/cpu*.cpp")}
+    slow = [name for name in _SLOW if name in names]
+    return slow + sorted(names - set(slow))
+
+
+def source(name: str) -> Path:
+    """The one file of a library: ``reduction/cpu.cpp`` of ``reduction``, ``reduction/cpu_x.cpp`` of ``reduction_x``."""
+    family, *part = name.split("_")
+    return _LOWERING / family / f"{'_'.join(['cpu', *part])}.cpp"
 
 
 def cache_dir() -> Path:
@@ -91,38 +99,43 @@ def _processor() -> str:
     return platform.machine() + platform.processor()
 
 
-def library_path() -> Path:
-    """The file that this machine, this torch and these sources call for."""
-    version = _run([compiler(), "--version"])
+def library_path(name: str) -> Path:
+    """The file that this machine, this torch and the sources of the library ``name`` call for."""
     key = hashlib.sha256()
-    for path in sorted([*sources(), *_LOWERING.glob("*/*.h")]):
+    for path in [source(name), *sorted(_LOWERING.glob("*/*.h"))]:
         key.update(path.relative_to(_LOWERING).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    for text in (*_FLAGS, *_ISA_FLAGS[isa()], version, _processor(), torch.__version__):
+    for text in (*_FLAGS, *_ISA_FLAGS[isa()], _version(compiler()), _processor(), torch.__version__):
         key.update(text.encode() + b"\0")
-    return cache_dir() / f"bicompile_cpu_{isa()}_{key.hexdigest()[:16]}.so"
+    return cache_dir() / f"bicompile_{name}_{isa()}_{key.hexdigest()[:16]}.so"
 
 
-@functools.cache
-def load() -> Path:
-    """Build the library if the cache lacks it, load it and register its kernels with torch.
+def load(*names: str) -> list[Path]:
+    """Build the libraries ``names`` that the cache lacks, load them and register their kernels.
 
     Returns:
-        The path of the loaded library.
+        The paths of the loaded libraries, in the order of ``names``.
 
     Raises:
         NativeBuildError: no compiler, a failed compilation, a cache directory that cannot be written, or a library
             that does not load.
     """
-    path = library_path()
+    paths = [library_path(name) for name in names]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_build_once, names, paths))
+    for path in paths:
+        try:
+            torch.ops.load_library(str(path))
+        except OSError as error:
+            message = f"bicompile could not load {path}: {error}. Delete the file and try again."
+            raise NativeBuildError(message) from error
+    return paths
+
+
+def _build_once(name: str, path: Path) -> None:
     if not path.exists():
         with _only_one_builder(path):
             if not path.exists():  # another process may have built it while this one waited
-                _build(path)
-    try:
-        torch.ops.load_library(str(path))
-    except OSError as error:
-        raise NativeBuildError(f"bicompile could not load {path}: {error}. Delete the file and try again.") from error
-    return path
+                _build(name, path)
 
 
 @contextlib.contextmanager
@@ -140,28 +153,24 @@ def _only_one_builder(path: Path) -> Iterator[None]:
         yield
 
 
-def _build(path: Path) -> None:
-    print("bicompile: compiling the CPU kernels, once for this machine ...", file=sys.stderr, flush=True)
+def _build(name: str, path: Path) -> None:
+    print(f"bicompile: compiling the CPU kernels of {name}, once for this machine ...", file=sys.stderr, flush=True)
     package = Path(torch.__file__).parent
+    includes = [f"-I{_NATIVE}", f"-I{_LOWERING}", "-isystem", str(package / "include")]
+    # No rpath: torch's libraries are in the process already when this one is loaded.
+    libraries = [f"-L{package / 'lib'}", "-ltorch_cpu", "-lc10"]
+    # A compiler that links its own libstdc++ statically would else export half of it, and mix it with torch's.
+    libraries.append("-Wl,--exclude-libs,ALL")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as directory:
-        compile_one = functools.partial(_compile, package=package, directory=Path(directory))
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_one, sources()))
         library = Path(directory) / "library.so"
-        # No rpath: torch's libraries are in the process already when this one is loaded.
-        libraries = [f"-L{package / 'lib'}", "-ltorch_cpu", "-lc10"]
-        # A compiler that links its own libstdc++ statically would else export half of it, and mix it with torch's.
-        libraries.append("-Wl,--exclude-libs,ALL")
-        _run([compiler(), "-shared", *map(str, objects), "-o", str(library), *libraries])
+        flags = [*_FLAGS, *_ISA_FLAGS[isa()], *includes, "-shared"]
+        _run([compiler(), *flags, str(source(name)), "-o", str(library), *libraries])
         os.replace(library, path)
 
 
-def _compile(source: Path, *, package: Path, directory: Path) -> Path:
-    target = directory / f"{source.parent.name}.o"
-    include = package / "include"
-    includes = [f"-I{_NATIVE}", f"-I{_LOWERING}", "-isystem", str(include)]
-    _run([compiler(), *_FLAGS, *_ISA_FLAGS[isa()], *includes, "-c", str(source), "-o", str(target)])
-    return target
+@functools.cache
+def _version(program: str) -> str:
+    return _run([program, "--version"])
 
 
 def _run(command: list[str]) -> str:

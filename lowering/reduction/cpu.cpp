@@ -1,144 +1,8 @@
-// Reductions of any dims of any strided tensor, in the order of block.h.
-#include "any.h"
-#include "programs.h"
+// Sums and means of any dims of any strided tensor.
+#include "reduce.h"
 
 namespace bicompile {
 namespace {
-
-// Below this many elements a task is not worth handing out.
-constexpr int64_t kTaskElements = 4096;
-
-// A copied row: one function for all dtypes that it was copied from.
-template <class S, class Program>
-__attribute__((noinline)) void reduce_copied_row(const Program& program, const S* row, int64_t n, Block<S>* results) {
-  program(AlongRow{n}, RowInput<S, S>{row}, results);
-}
-
-// Rows whose elements lie next to each other, or that are copied to do so.
-template <class In, class S, class Program>
-void reduce_along_rows(const Plan& plan, const In* x, const Output* outputs, const Program& program) {
-  const int64_t n = plan.reduced.numel, rows = plan.kept.numel;
-  const int64_t rows_per_task = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(n, 1));
-  constexpr bool same_type = std::is_same_v<typename Compute<In>::Scalar, S>;
-  const bool in_place = same_type && plan.reduced.is_dense();
-  parallel_tasks((rows + rows_per_task - 1) / rows_per_task, rows * n * Program::kCost, [&](int64_t task) {
-    struct Gathered;
-    S* buffer = in_place ? nullptr : scratch<Gathered, S>(size_t(n));
-    const int64_t first = task * rows_per_task, last = std::min(rows, first + rows_per_task);
-    Walk walk(plan.kept, first);
-    for (int64_t row = first; row < last; row++, walk.next()) {
-      Block<S> results[Program::kOutputs];
-      if (in_place) {
-        if constexpr (same_type) program(AlongRow{n}, RowInput<In, S>{x + walk.offset}, results);
-      } else {
-        gather(x + walk.offset, plan.reduced, buffer);
-        reduce_copied_row(program, buffer, n, results);
-      }
-      for (int i = 0; i < Program::kOutputs; i++) outputs[i].put(row, first_lane(results[i].v[0]));
-    }
-  });
-}
-
-// Rows that lie side by side: the dim `side` of plan.kept has stride 1.
-template <class In, class S, class Program>
-void reduce_across_rows(const Plan& plan, int side, const In* x, const Output* outputs, const Program& program) {
-  const int64_t n = plan.reduced.numel, width = plan.kept.dim[side].size;
-  Dims others_in, others_out;  // the kept dims but `side`, as they lie in x and in the result
-  int64_t step_out = 1, side_step_out = 1;
-  std::array<int64_t, kMaxDims> steps_out;
-  for (int i = plan.kept.count; i-- > 0;) {
-    steps_out[i] = step_out;
-    step_out *= plan.kept.dim[i].size;
-  }
-  for (int i = 0; i < plan.kept.count; i++) {
-    if (i == side) {
-      side_step_out = steps_out[i];
-      continue;
-    }
-    // Not add(): merging must not differ between the two.
-    others_in.dim[others_in.count++] = plan.kept.dim[i];
-    others_out.dim[others_out.count++] = {plan.kept.dim[i].size, steps_out[i]};
-    others_in.numel = others_out.numel *= plan.kept.dim[i].size;
-  }
-  std::vector<int64_t> table;
-  if (plan.reduced.count > 1) {
-    table.resize(size_t(n));
-    Walk walk(plan.reduced, 0);
-    for (int64_t k = 0; k < n; k++, walk.next()) table[size_t(k)] = walk.offset;
-  }
-  const int64_t step = plan.reduced.count ? plan.reduced.dim[0].stride : 0;
-  const int64_t blocks = (width + kBlock - 1) / kBlock;
-  const int64_t work = others_in.numel * width * n * Program::kCost;
-  const int64_t tasks = others_in.numel * blocks, blocks_per_task = blocks >= 32 ? 4 : 1;
-  auto one_block = [&](int64_t task) {
-    const int64_t column = task % blocks * kBlock;
-    const int count = int(std::min<int64_t>(kBlock, width - column));
-    const In* from = x + Walk(others_in, task / blocks).offset + column;
-    const int64_t to = Walk(others_out, task / blocks).offset + column * side_step_out;
-    Block<S> results[Program::kOutputs];
-    program(AcrossRows{n, count}, RowsInput<In, S>{from, step, table.empty() ? nullptr : table.data()}, results);
-    for (int i = 0; i < Program::kOutputs; i++) {
-      if (side_step_out == 1) {
-        AnyOutput<S>{outputs[i].p, outputs[i].dtype}(to, results[i], count);
-        continue;
-      }
-      alignas(64) S lanes[kBlock];
-      store_block(lanes, results[i], kBlock);
-      for (int c = 0; c < count; c++) outputs[i].put(to + c * side_step_out, lanes[c]);
-    }
-  };
-  // Neighbouring blocks stay on one thread: what one prefetches, the next one reads.
-  parallel_tasks((tasks + blocks_per_task - 1) / blocks_per_task, work, [&](int64_t task) {
-    const int64_t last = std::min(tasks, (task + 1) * blocks_per_task);
-    for (int64_t block = task * blocks_per_task; block < last; block++) one_block(block);
-  });
-}
-
-template <class In, class S, class Program>
-void reduce_as(const Plan& plan, const In* x, const Output* outputs, const Program& program) {
-  if constexpr (std::is_same_v<typename Compute<In>::Scalar, S>) {
-    int side = -1;
-    for (int i = 0; i < plan.kept.count; i++) {
-      if (plan.kept.dim[i].stride == 1) side = i;
-    }
-    bool one_element_rows = plan.reduced.count == 0;
-    if (side >= 0 && (one_element_rows || !plan.reduced.is_dense())) {
-      return reduce_across_rows<In, S>(plan, side, x, outputs, program);
-    }
-  }
-  reduce_along_rows<In, S>(plan, x, outputs, program);
-}
-
-// Runs `program` on the rows of x and returns its results, rounded to `dtype`, in whose precision it computes.
-template <class Program>
-std::array<Tensor, Program::kOutputs> reduce(const char* op, const Tensor& x, const Plan& plan, ScalarType dtype,
-                                             const Program& program) {
-  check_floating(op, "dtype", dtype);
-  std::array<Tensor, Program::kOutputs> results = [&]<size_t... I>(std::index_sequence<I...>) {
-    return std::array<Tensor, Program::kOutputs>{(void(I), new_tensor(plan.result_sizes, dtype))...};
-  }(std::make_index_sequence<Program::kOutputs>());
-  if (plan.kept.numel == 0) return results;
-  const auto outputs = [&]<size_t... I>(std::index_sequence<I...>) {
-    return std::array<Output, Program::kOutputs>{Output(results[I])...};
-  }(std::make_index_sequence<Program::kOutputs>());
-  const void* p = x.data_ptr();
-  dispatch(op, x.scalar_type(), [&](auto in) {
-    using In = decltype(in);
-    if (computes_in_double(dtype)) {
-      reduce_as<In, double>(plan, static_cast<const In*>(p), outputs.data(), program);
-    } else {
-      reduce_as<In, float>(plan, static_cast<const In*>(p), outputs.data(), program);
-    }
-  });
-  return results;
-}
-
-template <class Program>
-Tensor reduce_to_one(const char* op, const Tensor& x, const std::vector<int64_t>& dim, bool keepdim, ScalarType dtype,
-                     const Program& program) {
-  check_floating(op, "x", x.scalar_type());
-  return reduce(op, x, plan_reduction(op, x, dim, keepdim), dtype, program)[0];
-}
 
 Tensor sum(const Tensor& x, std::vector<int64_t> dim, bool keepdim, ScalarType dtype) {
   return reduce_to_one("sum", x, dim, keepdim, dtype, Sum{Finish::kNothing});
@@ -152,49 +16,6 @@ Tensor sum_square(const Tensor& x, std::vector<int64_t> dim, bool keepdim, Scala
 Tensor mean_square(const Tensor& x, std::vector<int64_t> dim, bool keepdim, ScalarType dtype) {
   return reduce_to_one("mean_square", x, dim, keepdim, dtype, SumOfSquares{Finish::kDivideByCount});
 }
-Tensor prod(const Tensor& x, std::vector<int64_t> dim, bool keepdim, ScalarType dtype) {
-  return reduce_to_one("prod", x, dim, keepdim, dtype, Product{});
-}
-
-template <class Program>
-Tensor extremum(const char* op, const Tensor& x, const std::vector<int64_t>& dim, bool keepdim, ScalarType dtype) {
-  check_floating(op, "x", x.scalar_type());
-  Plan plan = plan_reduction(op, x, dim, keepdim);
-  STD_TORCH_CHECK(plan.reduced.numel > 0 || plan.kept.numel == 0, "bicompile::", op,
-                  ": expected at least one element to reduce, got an empty dim; nothing is the extremum of no numbers");
-  return reduce(op, x, plan, dtype, Program{false})[0];
-}
-Tensor amax(const Tensor& x, std::vector<int64_t> dim, bool keepdim, ScalarType dtype) {
-  return extremum<Extremum<Max>>("amax", x, dim, keepdim, dtype);
-}
-Tensor amin(const Tensor& x, std::vector<int64_t> dim, bool keepdim, ScalarType dtype) {
-  return extremum<Extremum<Min>>("amin", x, dim, keepdim, dtype);
-}
-
-std::tuple<Tensor, Tensor> var(const Tensor& x, std::vector<int64_t> dim, double correction, bool keepdim, bool sqrt) {
-  check_floating("var", "x", x.scalar_type());
-  auto r = reduce("var", x, plan_reduction("var", x, dim, keepdim), x.scalar_type(), Variance{correction, sqrt});
-  return {r[0], r[1]};
-}
-
-Tensor vector_norm(const Tensor& x, double ord, std::vector<int64_t> dim, bool keepdim, ScalarType dtype) {
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  check_floating("vector_norm", "x", x.scalar_type());
-  Plan plan = plan_reduction("vector_norm", x, dim, keepdim);
-  STD_TORCH_CHECK((ord >= 0 && ord != kInfinity) || plan.reduced.numel > 0 || plan.kept.numel == 0,
-                  "bicompile::vector_norm: expected at least one element for ord ", ord,
-                  ", which has no identity, got an empty dim; use an ord in [0, inf)");
-  auto run = [&](const auto& program) { return reduce("vector_norm", x, plan, dtype, program)[0]; };
-  if (ord == 2) return run(SumOfSquares{Finish::kSquareRoot});
-  if (ord == kInfinity) return run(Extremum<Max>{true});
-  if (ord == -kInfinity) return run(Extremum<Min>{true});
-  return run(Norm{ord});
-}
-
-Tensor logsumexp(const Tensor& x, std::vector<int64_t> dim, bool keepdim) {
-  check_floating("logsumexp", "x", x.scalar_type());
-  return reduce("logsumexp", x, plan_reduction("logsumexp", x, dim, keepdim), x.scalar_type(), LogSumExp{})[0];
-}
 
 }  // namespace
 
@@ -203,12 +24,6 @@ STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
   m.impl("mean", TORCH_BOX(&mean));
   m.impl("sum_square", TORCH_BOX(&sum_square));
   m.impl("mean_square", TORCH_BOX(&mean_square));
-  m.impl("prod", TORCH_BOX(&prod));
-  m.impl("amax", TORCH_BOX(&amax));
-  m.impl("amin", TORCH_BOX(&amin));
-  m.impl("var", TORCH_BOX(&var));
-  m.impl("vector_norm", TORCH_BOX(&vector_norm));
-  m.impl("logsumexp", TORCH_BOX(&logsumexp));
 }
 
 }  // namespace bicompile

@@ -32,7 +32,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-import bicompile
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout
+
+import bicompile  # noqa: E402
 from bicompile.bench import Report, Row, gpu_interleaved
 
 VOCABULARY = 32_000

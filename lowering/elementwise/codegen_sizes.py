@@ -7,7 +7,8 @@ where it is made of symbols::
     tmp5 = (1.0 / ks0).to(tl.bfloat16).to(tl.float32)        # dynamic before
     tmp3 = (1.0 / ks0).to(tl.float32)                        # dynamic after
 
-Torch 2.14 rounds constants of additions on the CPU, too; here they are not.  An index is no such number: converted to a half precision, it is rounded, as an element of any tensor is.
+Torch 2.14 rounds constants of additions on the CPU, too; here they are not.  An index is no such number: converted to a
+half precision, it is rounded, as an element of any tensor is.
 """
 
 from __future__ import annotations

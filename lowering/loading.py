@@ -46,7 +46,7 @@ KERNELS = {
     "scatter": ("index_add", "segment_add", "scatter_add", "scatter_reduce", "embedding_dense_backward"),
     "softmax": ("softmax", "softmax_backward"),
 }
-_LIBRARY = {f"bicompile::{op}": library for library, ops in KERNELS.items() for op in ops}
+LIBRARY_OF = {f"bicompile::{op}": library for library, ops in KERNELS.items() for op in ops}
 
 
 def load_for(gm: GraphModule) -> None:
@@ -56,7 +56,7 @@ def load_for(gm: GraphModule) -> None:
         NativeBuildError: see :func:`load`.
     """
     needed = set()
-    for name, library in _LIBRARY.items():
+    for name, library in LIBRARY_OF.items():
         for node in gm.graph.find_nodes(op="call_function", target=_overload(name)):
             if any(leaf.device.type == "cpu" for leaf in tree_leaves(node.meta["val"]) if isinstance(leaf, Tensor)):
                 needed.add(library)
@@ -121,7 +121,7 @@ def _cases() -> Iterator[tuple[str, str, Callable[[], Tensor], Callable[[], Tens
         def first(result: Any) -> Tensor:
             return result[0] if isinstance(result, tuple) else result
 
-        library = _LIBRARY[target.name()]
+        library = LIBRARY_OF[target.name()]
         return library, f"{name} in {dtype}", lambda: first(target(*args)), lambda: first(known(*args))
 
     for dtype in _DTYPES:
@@ -151,10 +151,10 @@ def _stub(op: str) -> Callable[..., Any]:
 
     def load_and_run(*args: Any, **kwargs: Any) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if _LIBRARY[op] in _loaded or any(x.device.type != "cpu" for x in tensors):
+        if LIBRARY_OF[op] in _loaded or any(x.device.type != "cpu" for x in tensors):
             kinds = sorted({f"{x.layout} on {x.device}" for x in tensors})
             raise NotImplementedError(f"{op}: expected dense tensors on the CPU or on a GPU, got {', '.join(kinds)}")
-        load(_LIBRARY[op])
+        load(LIBRARY_OF[op])
         with torch._C._AutoDispatchBelowAutograd():
             return _overload(op)(*args, **kwargs)
 
@@ -163,5 +163,5 @@ def _stub(op: str) -> Callable[..., Any]:
 
 # An alias key: a kernel for the CPU or for CUDA goes before it.
 _STUBS = torch.library.Library("bicompile", "FRAGMENT")
-for _op in _LIBRARY:
+for _op in LIBRARY_OF:
     _STUBS.impl(_op, _stub(_op), "CompositeExplicitAutograd")

@@ -30,9 +30,18 @@ from torch.utils._pytree import tree_leaves
 
 from bicompile.errors import UnsupportedOpError
 from bicompile.lowering.gpu.device import unsupported
+from bicompile.lowering.loading import LIBRARY_OF
 
 from .batch_symbols import mixes_batch, reduced_extent, symbols_of
-from .op_classes import breaks_ties_freely, is_control_flow, is_elementwise, is_exact, is_random, op_name
+from .op_classes import (
+    breaks_ties_freely,
+    compares_with_sizes,
+    is_control_flow,
+    is_elementwise,
+    is_exact,
+    is_random,
+    op_name,
+)
 
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -115,6 +124,8 @@ def certify_node(node: Node, certification: Certification) -> CertifiedNode:
         kind = "cross-batch" if mixes_batch(node, certification.batch) else "lowered"
     elif breaks_ties_freely(node):
         kind, reason = "refused", "which of equal elements it names may follow the batch; use torch.sort or torch.topk"
+    elif compares_with_sizes(node):
+        kind, reason = "refused", "static shapes would round that number to the tensor's dtype; compare in float32"
     elif is_exact(node):
         kind = "cross-batch" if mixes_batch(node, certification.batch) else "exact"
     elif is_elementwise(node):
@@ -179,7 +190,9 @@ def _without_kernel(node: Node) -> str:
     if not isinstance(target, OpOverload) or target.namespace != "bicompile":
         return ""
     devices = {leaf.device.type for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)}
-    keys = (DispatchKey.CUDA, DispatchKey.CompositeExplicitAutograd)
+    keys = [DispatchKey.CUDA]
+    if target.name() not in LIBRARY_OF:  # whose kernel under the alias key is a stub for the CPU
+        keys.append(DispatchKey.CompositeExplicitAutograd)
     if "cuda" in devices and not any(target.has_kernel_for_dispatch_key(key) for key in keys):
         return f"{target} has no GPU kernel yet; compute it on the CPU"
     return ""

@@ -80,6 +80,9 @@ def exact_by_name(target: OpOverload) -> bool:
     return op_name(target) in _EXACT_NAMES and target not in (aten.scatter.reduce, aten.scatter.value_reduce)
 
 
+_COMPARISONS = frozenset("aten.eq aten.ne aten.lt aten.le aten.gt aten.ge".split())
+
+
 def breaks_ties_freely(node: Node) -> bool:
     """Whether the node, on a GPU, names one of several equal elements by a kernel that may follow the batch."""
     leaves = [leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
@@ -88,6 +91,19 @@ def breaks_ties_freely(node: Node) -> bool:
     if node.target is aten.sort.stable:
         return not node.kwargs.get("stable")
     return op_name(node.target) in _FREE_TIES and node.target not in (aten.median.default, aten.nanmedian.default)
+
+
+def compares_with_sizes(node: Node) -> bool:
+    """Whether the node compares a half precision with a number made of symbolic sizes, which Inductor does not round.
+
+    It rounds constants there, as PyTorch does, so that the answer would tell static shapes from dynamic ones.
+    """
+    values = [n.meta.get("val") for n in node.all_input_nodes]
+    return (
+        op_name(node.target) in _COMPARISONS
+        and any(isinstance(v, (torch.SymInt, torch.SymFloat)) for v in values)
+        and any(isinstance(v, Tensor) and v.dtype in (torch.bfloat16, torch.float16) for v in values)
+    )
 
 
 def is_elementwise(node: Node) -> bool:

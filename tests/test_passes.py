@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import bicompile
 from bicompile.decompositions import decomposition_table
+from bicompile.lowering.loading import LIBRARY_OF
 from bicompile.passes import lower_matmuls, lower_norms, lower_reductions, lower_scans, lower_scatters, lower_softmax
-from bicompile.passes.certify import Certification, certify_pass
+from bicompile.passes.certify import Certification, _without_kernel, certify_pass
 from bicompile.passes.pipeline import PIPELINE, Pipeline
 from bicompile.testing import same_bits
 
@@ -227,3 +229,17 @@ def test_sums_of_numbers_into_integers_are_exact(function):
         eager = function(x)
     assert same_bits(compiled, expected) and same_bits(eager, expected)
     assert compiled.dtype == eager.dtype == expected.dtype
+
+
+def test_a_stub_is_no_kernel_for_a_gpu(monkeypatch):
+    """Each op of ours runs on a GPU by a kernel of its own; the stub that loads CPU kernels does not count as one."""
+    library = torch.library.Library("bicompile", "FRAGMENT")
+    library.define("for_this_test(Tensor x) -> Tensor")
+    library.impl("for_this_test", torch.clone, "CompositeExplicitAutograd")
+    graph = torch.fx.Graph()
+    node = graph.call_function(torch.ops.bicompile.for_this_test.default, (graph.placeholder("x"),))
+    with FakeTensorMode():
+        node.meta["val"] = torch.empty(3, device="cuda")
+    assert not _without_kernel(node)
+    monkeypatch.setitem(LIBRARY_OF, "bicompile::for_this_test", "matmul")
+    assert "no GPU kernel" in _without_kernel(node)

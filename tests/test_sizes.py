@@ -10,6 +10,7 @@ import sympy
 import torch
 from torch import Tensor
 
+import bicompile
 from bicompile.lowering.elementwise.codegen_sizes import is_number_of_sizes
 from bicompile.testing import same_bits
 
@@ -58,6 +59,23 @@ def test_an_index_is_rounded_to_the_half_precision_that_it_is_converted_to():
         torch._dynamo.reset()
         found = torch.compile(fn, backend="batch_invariant", dynamic=dynamic)(torch.zeros(1000))
         assert same_bits(found, fn(torch.zeros(1000)))
+
+
+@pytest.mark.parametrize("compare", [torch.eq, torch.ne, torch.lt, torch.le, torch.gt, torch.ge])
+def test_comparing_half_precisions_with_sizes_is_refused(compare: Callable[..., Tensor]):
+    """With static shapes 333 is rounded to 332, as in PyTorch; with dynamic ones it would not be."""
+    half = torch.full((3, 333), 332.0).bfloat16()
+
+    def fn(x: Tensor) -> Tensor:
+        return compare(x, x.shape[1])
+
+    static = torch.compile(fn, backend="batch_invariant", dynamic=False)(half)
+    assert same_bits(static, fn(half))
+    torch._dynamo.reset()
+    dynamic = torch.compile(fn, backend="batch_invariant", dynamic=True)
+    with pytest.raises(bicompile.UnsupportedOpError, match="compare in float32"):
+        dynamic(half)
+    assert same_bits(dynamic(half.float()), fn(half.float()))
 
 
 def test_numbers_are_told_from_indices():

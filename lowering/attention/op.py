@@ -194,7 +194,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_ca
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"scaled_dot_product_attention: query and key differ in their last dim: {shapes}")
     if key.shape[-2] != value.shape[-2]:
-        raise ValueError(f"scaled_dot_product_attention: expected key and value with the same number of keys, got {shapes}")
+        raise ValueError(
+            f"scaled_dot_product_attention: expected key and value with the same number of keys, got {shapes}"
+        )
     if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
         raise ValueError(f"scaled_dot_product_attention: enable_gqa=True needs inputs with a head dim, got {shapes}")
     if mask is None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
 from torch._decomp import decomposition_table as core_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
@@ -98,6 +99,9 @@ class _LoweringMode(TorchDispatchMode):
             return self._refuse(func, args, kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         _check_devices(tensors)
+        if _is_composite(func):  # in inference mode they get this far whole, else autograd takes them apart
+            with self:
+                return func.decompose(*args, **kwargs)
         on_gpu = any(x.is_cuda for x in tensors)
         if (better := ordered(func, args, kwargs)) is not None:
             args, kwargs = better, {}
@@ -140,6 +144,13 @@ class _LoweringMode(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+@functools.cache
+def _is_composite(func: OpOverload) -> bool:
+    """Whether PyTorch defines the op, for every device and with its gradient, by other ops."""
+    key = DispatchKey.CompositeImplicitAutograd
+    return key in func.py_kernels or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+
+
 _unsupported = functools.cache(unsupported)
 
 
@@ -159,7 +170,7 @@ def _runs_as_it_is(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, An
         return bool(kwargs.get("stable"))
     if func in WRITES:  # whose arguments are ordered
         return not bind(func, args, kwargs).get("accumulate")
-    if exact_by_name(func) or is_view(func):
+    if exact_by_name(func) or is_view(func) or torch.Tag.inplace_view in func.tags:
         return True
     if torch.Tag.nondeterministic_seeded in func.tags:
         return False

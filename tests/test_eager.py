@@ -64,6 +64,41 @@ def test_in_place_and_out_forms_are_covered():
         assert same_bits(z, x @ torch.ones(200, 4))
 
 
+def test_in_place_views_change_the_tensor_itself():
+    x = torch.randn(3, 5)
+    y = x.clone()
+    with bicompile.eager():
+        assert y.t_().unsqueeze_(0).shape == (1, 5, 3)
+        assert same_bits(y[0], x.t())
+        assert same_bits(x.quantile(0.5, dim=1), x.median(1).values)
+
+
+IMAGES, ROWS, SQUARE = torch.randn(2, 4, 9, 9), torch.randn(3, 5, 16), torch.randn(16, 16)
+COMPOSITES = {
+    "attention": lambda: F.scaled_dot_product_attention(ROWS[:, None], ROWS[:, None], ROWS[:, None]),
+    "batch_norm": lambda: F.batch_norm(ROWS, ROWS[0, :, 0], ROWS[1, :, 0].abs()),
+    "conv2d": lambda: F.conv2d(IMAGES, IMAGES[:, :, :3, :3]),
+    "cosine_similarity": lambda: F.cosine_similarity(ROWS, ROWS.flip(0)),
+    "cross_entropy": lambda: F.cross_entropy(ROWS[0], torch.arange(5)),
+    "einsum": lambda: torch.einsum("bij,jk->bik", ROWS, SQUARE),
+    "instance_norm": lambda: F.instance_norm(IMAGES),
+    "linear": lambda: F.linear(ROWS, SQUARE, SQUARE[0]),
+    "matmul": lambda: ROWS @ SQUARE,
+    "rms_norm": lambda: F.rms_norm(ROWS, (16,), SQUARE[0]),
+    "std": lambda: ROWS.std(-1),
+    "var": lambda: ROWS.var(1),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITES)
+def test_inference_mode_gives_the_bits_of_no_grad(name):
+    """There is no autograd there to take composite ops apart."""
+    with torch.no_grad(), bicompile.eager():
+        expected = COMPOSITES[name]()
+    with torch.inference_mode(), bicompile.eager():
+        assert same_bits(COMPOSITES[name](), expected)
+
+
 def test_unproven_op_is_refused_unless_allowed():
     x = torch.randn(4, 3, 3)
     with bicompile.eager(), pytest.raises(bicompile.UnsupportedOpError, match="_linalg_svd"):

@@ -2,9 +2,9 @@
 
 Compiled whole, a model of thirty layers is thirty copies of the same code, and every one costs compile time.  Here
 the layer is the unit: ``torch.compile`` sees one function of one layer, whose weights are graph inputs, so that every
-layer runs the same graphs: four of them, since torch.compile specialises a batch of one and a query of one.  What
-surrounds the layers (rotary table, final norm and output projection) is compiled too; embedding lookup and mask
-building are exact in eager mode.
+layer runs the same graphs: two of them, since torch.compile specialises a query of one, and would a batch of one, were
+the batch not marked as unbacked.  What surrounds the layers (rotary table, final norm and output projection) is
+compiled too; embedding lookup and mask building are exact in eager mode.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.decorators import mark_unbacked
 
 MAX_POSITIONS = 512
 KERNELS = ("reduction", "attention", "matmul")  # what a Llama computes with
@@ -118,6 +119,8 @@ class _SharedLayer(nn.Module):
         if attention_mask is None:
             attention_mask = _causal(batch, length, past[0].shape[0])
         cos, sin = (table.expand(batch, -1, -1) for table in position_embeddings)
+        for tensor, dim in ((hidden, 0), (attention_mask, 0), (cos, 0), (sin, 0), (past[0], 1), (past[1], 1)):
+            mark_unbacked(tensor, dim)
         hidden, keys, values = self.run(self.layer, hidden, attention_mask, cos, sin, *past)
         slot.keys, slot.values = keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
         return hidden

@@ -171,7 +171,7 @@ def _is_plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, en
     return mask is None or (
         mask.dim() <= 4
         and all(
-            size == 1 or size == full for size, full in zip(reversed(mask.shape[:-2]), (heads, batch), strict=False)
+            size == full or size == 1 for size, full in zip(reversed(mask.shape[:-2]), (heads, batch), strict=False)
         )
     )
 

@@ -127,6 +127,7 @@ _EXTENTS: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
     "bicompile.group_norm": _group,
     "bicompile.group_norm_backward": _group,
     "bicompile.group_norm_backward_params": _all_but_channels,
+    "bicompile.mask_rows": lambda args: [_shape(args["mask"])[-1]],
     "bicompile.sdpa": _keys,
     "bicompile.sdpa_backward": _keys_and_queries,
     **dict.fromkeys(["bicompile.index_add", "bicompile.scatter_add", "bicompile.scatter_reduce"], _scattered),

@@ -20,6 +20,7 @@ from . import (
     lower_scatters,
     lower_selections,
     lower_softmax,
+    share_mask_rows,
 )
 from .certify import Certification, certify_pass
 from .rewriting import Rule
@@ -33,6 +34,7 @@ PIPELINE: tuple[Callable[[GraphModule], PassResult], ...] = (
     lower_scans.lower_scans_pass,
     lower_scatters.lower_scatters_pass,
     lower_selections.lower_selections_pass,
+    share_mask_rows.share_mask_rows_pass,
 )
 
 # What the passes do to one op, for bicompile.eager(), which has no graph to walk.

@@ -72,7 +72,7 @@ Tensor new_statistic(const Problem& p, const Tensor& q) {
 }
 
 std::tuple<Tensor, Tensor> sdpa(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<Tensor> mask,
-                                bool causal, double scale) {
+                                bool causal, double scale, std::optional<Tensor> /*rows*/) {
   const Problem p = problem_of(q, k, v, mask, causal, scale);
   Tensor out = new_output(p, q.scalar_type());
   Tensor lse = new_statistic(p, q);

@@ -183,22 +183,24 @@ def takes_hopper(p: Problem, capability: tuple[int, int]) -> bool:
 
 
 @on_device
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention and its lse; see ``op.py`` for shapes and ``order.GpuAttentionOrder`` for the order."""
-    p = problem_of("sdpa", q, k, v, mask, is_causal, scale)
+    p = problem_of("sdpa", q, k, v, mask, is_causal, scale, rows)
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
     if batch * heads * queries == 0 or keys == 0:
         out, lse = new_outputs(p)
         return out.zero_(), lse.fill_(-math.inf)
-    rows = queries * (heads // k.shape[1])
+    group_rows = queries * (heads // k.shape[1])
     if INTERPRETED:
-        return run(p, SplitSchedule(16, 4, 1) if rows <= 16 else REFERENCE)
+        return run(p, SplitSchedule(16, 4, 1) if group_rows <= 16 else REFERENCE)
     device = device_key(q.device.index)
     candidates: list[Schedule] = []
     if wants_split(queries, heads // k.shape[1], keys, batch * heads, device.num_sms):
-        splits, programs = num_splits(p.order, keys), batch * k.shape[1] * cdiv(rows, 16)
-        schedules = split_schedules(rows, splits, programs, mask is not None, p.widths, q.dtype, device)
+        splits, programs = num_splits(p.order, keys), batch * k.shape[1] * cdiv(group_rows, 16)
+        schedules = split_schedules(group_rows, splits, programs, mask is not None, p.widths, q.dtype, device)
         candidates += [s for s in schedules if not s.tma or (takes_tma(p.k) and takes_tma(p.v))]
     else:
         if takes_hopper(p, device.capability):

@@ -1,4 +1,8 @@
-"""``bicompile::sdpa``, its backward, and ``scaled_dot_product_attention`` with ATen's signature on top of them."""
+"""``bicompile::sdpa``, its backward, and ``scaled_dot_product_attention`` with ATen's signature on top of them.
+
+``bicompile::mask_rows`` is what a GPU reads of a mask before it attends: where each row's keys begin, have their first
+gap, and end.  ``sdpa`` does it itself where it is not given these ``rows``; the CPU's has no use for them.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,11 @@ _LIB = torch.library.Library("bicompile", "FRAGMENT")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIB.define(
-    "sdpa(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale) -> (Tensor out, Tensor lse)",
+    "sdpa(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, Tensor? rows=None) -> (Tensor out, "
+    "Tensor lse)",
     tags=_TAGS,
 )
+_LIB.define("mask_rows(Tensor mask, bool is_causal) -> Tensor", tags=_TAGS)
 _LIB.define(
     "sdpa_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse, bool is_causal, "
     "float scale, bool mask_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask)",
@@ -23,12 +29,23 @@ _LIB.define(
 
 
 @torch.library.register_fake("bicompile::sdpa", lib=_LIB)
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     _check_op("sdpa", q, k, v, mask)
     batch, heads, queries, _ = q.shape
     out = q.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
     lse = q.new_empty((batch, heads, queries), dtype=_statistics_dtype(q.dtype))
     return out, lse
+
+
+@torch.library.register_fake("bicompile::mask_rows", lib=_LIB)
+def _(mask: Tensor, is_causal: bool) -> Tensor:
+    torch._check(
+        2 <= mask.dim() <= 4,
+        lambda: f"bicompile::mask_rows: expected a mask of 2 to 4 dims, [..., queries, keys], got {tuple(mask.shape)}",
+    )
+    return mask.new_empty((3, *(1,) * (4 - mask.dim()), *mask.shape[:-1]), dtype=torch.int32)
 
 
 @torch.library.register_fake("bicompile::sdpa_backward", lib=_LIB)
@@ -84,7 +101,7 @@ def _check_op(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, is_causal, scale = inputs
+    q, k, v, mask, is_causal, scale, _ = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, mask, out, lse)
@@ -97,7 +114,7 @@ def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor 
     dq, dk, dv, dmask = torch.ops.bicompile.sdpa_backward(
         grad, q, k, v, mask, out, lse, ctx.is_causal, ctx.scale, mask_grad
     )
-    return dq, dk, dv, dmask if mask_grad else None, None, None
+    return dq, dk, dv, dmask if mask_grad else None, None, None, None
 
 
 torch.library.register_autograd("bicompile::sdpa", _backward, setup_context=_setup_context, lib=_LIB)
@@ -278,11 +295,19 @@ def _mask_for(mask: Tensor, lead: torch.Size, heads: int) -> Tensor:
     return mask.expand(*lead, *mask.shape[-3:]).reshape(math.prod(lead), *mask.shape[-3:])
 
 
-def _cuda(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _cuda(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     from .gpu import sdpa  # late: importing the op must not import triton
 
     _check_op("sdpa", q, k, v, mask)
-    return sdpa(q, k, v, mask, is_causal, scale)
+    return sdpa(q, k, v, mask, is_causal, scale, rows)
+
+
+def _cuda_mask_rows(mask: Tensor, is_causal: bool) -> Tensor:
+    from .problem import mask_rows  # late: importing the op must not import triton
+
+    return mask_rows(mask, is_causal)
 
 
 def _cuda_backward(
@@ -304,4 +329,5 @@ def _cuda_backward(
 
 
 _LIB.impl("sdpa", _cuda, "CUDA")
+_LIB.impl("mask_rows", _cuda_mask_rows, "CUDA")
 _LIB.impl("sdpa_backward", _cuda_backward, "CUDA")

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bicompile.lowering.gpu.launch import INTERPRETED
+from bicompile.lowering.gpu.launch import INTERPRETED, on_device
 
 from .kernels import rows_kernel
 from .order import HIDDEN_BELOW, GpuAttentionOrder, gpu_order_for
@@ -65,6 +65,7 @@ class Problem:
     mask: Tensor | None
     causal: bool
     scale: float
+    rows: Tensor | None = None  # of the mask, where they have been read before
 
     @property
     def order(self) -> GpuAttentionOrder:
@@ -73,9 +74,7 @@ class Problem:
     @property
     def kind(self) -> str:
         """How the kernels name the mask."""
-        if self.mask is None:
-            return "none"
-        return "bool" if self.mask.dtype in (torch.bool, torch.uint8) else "additive"
+        return "none" if self.mask is None else _kind(self.mask)
 
     @property
     def scales(self) -> tuple[float, float]:
@@ -85,7 +84,7 @@ class Problem:
     @property
     def hidden(self) -> float:
         """An additive mask hides the key from here down."""
-        return HIDDEN_BELOW[self.mask.dtype] if self.mask is not None and self.kind == "additive" else 0.0
+        return 0.0 if self.mask is None else _hidden(self.mask)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -121,7 +120,10 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def problem_of(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Problem:
+def problem_of(
+    op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
+    rows: Tensor | None = None,
+) -> Problem:  # fmt: skip
     """Check what the fake kernel does not, and bring the inputs into the form that the kernels take."""
     if k.shape[1] == 0 and q.shape[1] or k.shape[1] and q.shape[1] % k.shape[1]:
         raise ValueError(f"bicompile::{op}: {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
@@ -134,15 +136,32 @@ def problem_of(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, ca
     q, k, v = (t if t.stride(3) == 1 or t.shape[3] <= 1 else t.contiguous() for t in (q, k, v))
     if mask is not None:
         full = (*q.shape[:3], k.shape[2])
-        mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-        mask = mask[(None,) * (4 - mask.dim())]
+        mask = _four_dims(mask)
         sizes = zip(mask.shape, full, strict=True)
         if any(size not in (1, wanted) for size, wanted in sizes):
             raise ValueError(
                 f"bicompile::{op}: expected a mask that broadcasts to [batch, heads, queries, keys] = {full}, got "
                 f"{tuple(mask.shape)}"
             )
-    return Problem(q, k, v, mask, causal, scale)
+        if rows is not None and rows.shape != (3, *mask.shape[:2], q.shape[2]):
+            raise ValueError(f"bicompile::{op}: rows of shape {tuple(rows.shape)} are not those of this mask")
+    return Problem(q, k, v, mask, causal, scale, rows)
+
+
+def _four_dims(mask: Tensor) -> Tensor:
+    """``mask`` as the kernels take it."""
+    mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
+    return mask[(None,) * (4 - mask.dim())]
+
+
+def _kind(mask: Tensor) -> str:
+    """How the kernels name it."""
+    return "bool" if mask.dtype in (torch.bool, torch.uint8) else "additive"
+
+
+def _hidden(mask: Tensor) -> float:
+    """An additive mask hides the key from here down."""
+    return HIDDEN_BELOW[mask.dtype] if _kind(mask) == "additive" else 0.0
 
 
 def mask_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
@@ -164,15 +183,29 @@ class RowInfo:
 
 
 def row_info(p: Problem) -> RowInfo:
-    """Read the mask once; without one, three tensors that no kernel reads."""
-    queries, keys = p.q.shape[2], p.k.shape[2]
+    """What the mask's rows say, read now if it has not been before; without a mask, tensors that no kernel reads."""
     if p.mask is None:
         return RowInfo(p.q, p.q, p.q, (0, 0))
     batch, heads = p.mask.shape[:2]
-    first, hole, last = torch.empty((3, batch, heads, queries), dtype=torch.int32, device=p.q.device).unbind(0)
-    rows, cols = (1, 1024) if queries < 64 else (4, 512)
-    launch(
-        rows_kernel, (cdiv(queries, rows), batch * heads), (p.mask, first, hole, last), (queries, keys, heads),
-        mask_strides(p.mask), (rows, cols, p.kind, p.causal, p.hidden), 4, 1,
-    )  # fmt: skip
+    queries = p.q.shape[2]
+    rows = p.rows if p.rows is not None else _read_rows(p.mask, queries, p.k.shape[2], p.causal)
+    first, hole, last = rows.unbind(0)
     return RowInfo(first, hole, last, (heads * queries if batch > 1 else 0, queries if heads > 1 else 0))
+
+
+@on_device
+def mask_rows(mask: Tensor, is_causal: bool) -> Tensor:
+    """``[3, batch, heads, queries]`` of int32 for a mask of ``[batch, heads, queries, keys]``; see ``RowInfo``."""
+    return _read_rows(_four_dims(mask), mask.shape[-2], mask.shape[-1], is_causal)
+
+
+def _read_rows(mask: Tensor, queries: int, keys: int, causal: bool) -> Tensor:
+    batch, heads = mask.shape[:2]
+    found = torch.empty((3, batch, heads, queries), dtype=torch.int32, device=mask.device)
+    rows, cols = (1, 1024) if queries < 64 else (4, 512)
+    if found.numel():
+        launch(
+            rows_kernel, (cdiv(queries, rows), batch * heads), (mask, *found.unbind(0)), (queries, keys, heads),
+            mask_strides(mask), (rows, cols, _kind(mask), causal, _hidden(mask)), 4, 1,
+        )  # fmt: skip
+    return found

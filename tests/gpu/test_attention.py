@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from workers import once
 
+import bicompile
 from bicompile.lowering.attention import admitted, gpu, gpu_backward
 from bicompile.lowering.attention.op import scaled_dot_product_attention
 from bicompile.lowering.attention.problem import problem_of
@@ -382,6 +383,23 @@ def test_backward_schedules_have_the_same_bits():
         for schedule in (REFERENCE_BACKWARD, BackwardSchedule(64, 64, 32, 4, 2))
     ]
     assert same_bits(found[1], found[0])
+
+
+@pytest.mark.parametrize("queries", [1, 300])
+def test_compiled_layers_that_share_a_mask_read_it_once(queries: int):
+    q, k, v = inputs(torch.bfloat16, 128, queries=queries)
+    mask = torch.rand(q.shape[0], 1, queries, k.shape[2], device="cuda") < 0.8
+
+    def layers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        for _ in range(3):
+            q = torch.ops.bicompile.sdpa(q, k, v, mask, False, SCALE)[0]
+        return q
+
+    compiled = torch.compile(layers, backend="batch_invariant", fullgraph=True)
+    lowered = [node.op for node in bicompile.explain(layers, q, k, v, mask).lowered]
+    assert lowered.count("bicompile.mask_rows.default") == 1
+    with torch.no_grad():
+        assert same_bits(compiled(q, k, v, mask), layers(q, k, v, mask))
 
 
 def test_a_graph_captures_it():

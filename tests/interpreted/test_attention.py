@@ -15,7 +15,9 @@ from triton.runtime import interpreter
 
 from bicompile.lowering.attention import gpu, gpu_backward
 from bicompile.lowering.attention.order import gpu_order_for
+from bicompile.lowering.attention.problem import mask_rows
 from bicompile.lowering.attention.schedule import REFERENCE, SplitSchedule
+from bicompile.testing import same_bits
 
 SCALE = 0.2
 SPLIT = SplitSchedule(16, 4, 1)
@@ -112,6 +114,21 @@ def test_mask_with_gaps_anchors_and_rows_that_see_nothing():
 def test_additive_masks_broadcast(shape: tuple[int, ...]):
     mask = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     both_ways(*inputs(torch.float32, batch=2, queries=9), mask)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("queries", [1, 70])
+def test_rows_read_before_are_those_read_on_the_way(queries: int, causal: bool):
+    q, k, v = inputs(torch.float32, batch=2, queries=queries, keys=90)
+    mask = torch.rand(2, 1, queries, 90) < 0.7
+    mask[..., :3] = False
+    rows = mask_rows(mask, causal)
+    assert rows.shape == (3, 2, 1, queries)
+    seen = mask.tril() if causal else mask
+    assert torch.equal(rows[0], torch.where(seen.any(-1), seen.int().argmax(-1), 90).int())
+    assert same_bits(gpu.sdpa(q, k, v, mask, causal, SCALE, rows), gpu.sdpa(q, k, v, mask, causal, SCALE))
+    with pytest.raises(ValueError, match="not those of this mask"):
+        gpu.sdpa(q, k, v, mask[:, 0], causal, SCALE, rows[:, :, :, 1:])
 
 
 def test_value_that_is_not_finite_reaches_only_the_rows_that_see_it():

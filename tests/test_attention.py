@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ import torch._dynamo.testing
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import OTHERS, finish, start_under
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,7 +23,6 @@ from bicompile.lowering.attention.order import order_for
 from bicompile.testing import same_bits
 from bicompile.testing.layouts import LAYOUTS, lay_out
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 ops = torch.ops.bicompile
@@ -525,16 +522,14 @@ def test_instruction_sets_agree(tmp_path: Path):
             mask[:, 5] = False
             calls += [(grad, q, k, v, mask, False), (grad, q, k, v, None, True)]
     torch.save(calls, tmp_path / "in.pt")
-    running = {}
-    for isa in ("avx2", "scalar"):
-        command = [sys.executable, "-c", _ISA_PROGRAM, str(tmp_path / "in.pt"), str(tmp_path / f"{isa}.pt")]
-        env = dict(os.environ, BICOMPILE_ISA=isa, BICOMPILE_CACHE_DIR=str(tmp_path))
-        running[isa] = subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    running = {
+        isa: start_under(isa, _ISA_PROGRAM, tmp_path / "in.pt", tmp_path / f"{isa}.pt", BICOMPILE_CACHE_DIR=tmp_path)
+        for isa in OTHERS
+    }
     native = []
     for grad, q, k, v, mask, causal in calls:
         out, lse = sdpa(q, k, v, mask, causal=causal)
         native.append((out, lse, *ops.sdpa_backward(grad, q, k, v, mask, out, lse, causal, 0.2, False)))
     for isa, process in running.items():
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
+        finish(process)
         assert same_bits(torch.load(tmp_path / f"{isa}.pt"), native), isa

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from instruction_sets import printed
 from torch import Tensor
 
 import bicompile.lowering.reduction.op  # noqa: F401 (registers the ops)
@@ -22,7 +19,6 @@ from bicompile.lowering.reduction.order import order_for
 from bicompile.testing import same_bits
 from bicompile.testing.layouts import LAYOUTS, lay_out
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SUMS = ("sum", "mean", "sum_square", "mean_square", "prod", "amax", "amin")
 ORDS = (0.0, 1.0, 2.0, math.inf, -math.inf, 2.5)
@@ -201,15 +197,7 @@ print(digest.hexdigest())
 
 def test_instruction_sets_give_the_same_bits():
     """Of reductions, softmax and norms together."""
-    found = {}
-    for isa in ("native", "avx2", "scalar"):
-        if isa == "avx2" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-            continue
-        environment = os.environ | {"BICOMPILE_ISA": isa, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-        command = [sys.executable, "-c", _PROGRAM]
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        found[isa] = done.stdout.strip()
+    found = printed(_PROGRAM)
     assert len(set(found.values())) == 1, found
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from instruction_sets import OTHERS, finish, start_under
 from torch import Tensor
 
 import bicompile.lowering.scan.op  # noqa: F401 (registers the ops)
@@ -21,7 +19,6 @@ from bicompile.lowering.scan import reference
 from bicompile.lowering.scan.order import order_for
 from bicompile.testing import same_bits
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ops = torch.ops.bicompile
 
@@ -209,13 +206,11 @@ torch.save([(ops.cumsum(x, d, x.dtype), ops.cumprod(x, d, x.dtype), ops.logcumsu
 def test_instruction_sets_agree(tmp_path: Path):
     xs = [spread((7, 90), dtype, 7) for dtype in DTYPES]
     torch.save(xs, tmp_path / "in.pt")
-    running = []
-    for isa in ("avx2", "scalar"):
-        command = [sys.executable, "-c", _ISA_PROGRAM, str(tmp_path / "in.pt"), str(tmp_path / f"{isa}.pt")]
-        env = dict(os.environ, BICOMPILE_ISA=isa, BICOMPILE_CACHE_DIR=str(tmp_path))
-        running.append(subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+    running = {
+        isa: start_under(isa, _ISA_PROGRAM, tmp_path / "in.pt", tmp_path / f"{isa}.pt", BICOMPILE_CACHE_DIR=tmp_path)
+        for isa in OTHERS
+    }
     native = [tuple(op(x, d) for op in OPS.values()) for x in xs for d in range(x.dim())]
-    for isa, process in zip(("avx2", "scalar"), running, strict=True):
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-        assert same_bits(torch.load(tmp_path / f"{isa}.pt"), native)
+    for isa, process in running.items():
+        finish(process)
+        assert same_bits(torch.load(tmp_path / f"{isa}.pt"), native), isa

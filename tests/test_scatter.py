@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from instruction_sets import OTHERS, finish, start_under
 from torch import Tensor
 
 import bicompile.lowering.scatter.op  # noqa: F401 (registers the ops)
@@ -22,7 +20,6 @@ from bicompile.lowering.scatter import reference
 from bicompile.lowering.scatter.order import order_for
 from bicompile.testing import same_bits
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("sum", "prod", "mean", "amax", "amin")
 SIZES = st.sampled_from([0, 1, 2, 3, 5, 17, 40])
@@ -321,13 +318,11 @@ def test_instruction_sets_agree(tmp_path: Path):
         cases += [("index_add", (x, 0, at, source, 0.3)), ("embedding_dense_backward", (source, at, 9, 1, True))]
         cases += [("scatter_reduce", (x, 0, everywhere, source, reduce, True)) for reduce in REDUCTIONS]
     torch.save(cases, tmp_path / "in.pt")
-    running = []
-    for isa in ("avx2", "scalar"):
-        command = [sys.executable, "-c", _ISA_PROGRAM, str(tmp_path / "in.pt"), str(tmp_path / f"{isa}.pt")]
-        env = dict(os.environ, BICOMPILE_ISA=isa, BICOMPILE_CACHE_DIR=str(tmp_path))
-        running.append(subprocess.Popen(command, env=env, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+    running = {
+        isa: start_under(isa, _ISA_PROGRAM, tmp_path / "in.pt", tmp_path / f"{isa}.pt", BICOMPILE_CACHE_DIR=tmp_path)
+        for isa in OTHERS
+    }
     native = [getattr(ops, name)(*arguments) for name, arguments in cases]
-    for isa, process in zip(("avx2", "scalar"), running, strict=True):
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-        assert same_bits(torch.load(tmp_path / f"{isa}.pt"), native)
+    for isa, process in running.items():
+        finish(process)
+        assert same_bits(torch.load(tmp_path / f"{isa}.pt"), native), isa

@@ -147,6 +147,7 @@ class _Head(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         rows = hidden.flatten(0, 1).clone(memory_format=torch.contiguous_format)
+        mark_unbacked(rows, 0)
         return self.run(self.norm, self.linear, rows).unflatten(0, hidden.shape[:2])
 
 

@@ -39,7 +39,7 @@ class Plan:
 
 
 FULL = Plan(prompts=4, tokens=32, sizes=(2, 3, 4, 5, 6, 8, 2, 4))
-QUICK = Plan(prompts=2, tokens=12, sizes=(2, 3, 5))
+QUICK = Plan(prompts=2, tokens=10, sizes=(2, 5))
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,14 @@ def test_sampled_requests_get_one_answer_for_each_seed(capsys, monkeypatch):
     assert "stock: " in output
 
 
+def test_trainer_computes_the_samplers_probabilities(capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("sys.argv", ["on_policy_rl.py", "--steps", "2", "--layers", "1"])
+    stock, ours = (line for line in _output("on_policy_rl.py", capsys).splitlines() if "at most" in line)
+    assert ours.lstrip().startswith("batch_invariant: KL(sampler || trainer) at most 0,")
+    assert "at most 0," not in stock
+
+
 def test_every_example_is_tested():
-    tested = {"01_linear.py", "02_explain.py", "03_generate.py", "04_thousand_completions.py"}
+    tested = {"01_linear.py", "02_explain.py", "03_generate.py", "04_thousand_completions.py", "on_policy_rl.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested

@@ -99,10 +99,10 @@ class _LoweringMode(TorchDispatchMode):
             return self._refuse(func, args, kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         _check_devices(tensors)
-        if _is_composite(func):  # in inference mode they get this far whole, else autograd takes them apart
+        on_gpu = any(x.is_cuda for x in tensors)
+        if torch.is_inference_mode_enabled() and _is_composite(func, on_gpu):  # else autograd takes them apart
             with self:
                 return func.decompose(*args, **kwargs)
-        on_gpu = any(x.is_cuda for x in tensors)
         if (better := ordered(func, args, kwargs)) is not None:
             args, kwargs = better, {}
         if func.namespace == "bicompile" or _runs_as_it_is(func, args, kwargs, on_gpu):
@@ -145,10 +145,11 @@ class _LoweringMode(TorchDispatchMode):
 
 
 @functools.cache
-def _is_composite(func: OpOverload) -> bool:
-    """Whether PyTorch defines the op, for every device and with its gradient, by other ops."""
+def _is_composite(func: OpOverload, on_gpu: bool) -> bool:
+    """Whether PyTorch defines the op by other ops on this device, and its gradient by theirs."""
+    own = DispatchKey.CUDA if on_gpu else DispatchKey.CPU
     key = DispatchKey.CompositeImplicitAutograd
-    return key in func.py_kernels or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+    return func.has_kernel_for_dispatch_key(key) and not func.has_kernel_for_dispatch_key(own)
 
 
 _unsupported = functools.cache(unsupported)

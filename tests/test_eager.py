@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import bicompile
+from bicompile.eager_mode import _is_composite
 from bicompile.lowering.elementwise.gpu import compiled
 from bicompile.testing import same_bits
 
@@ -97,6 +98,12 @@ def test_inference_mode_gives_the_bits_of_no_grad(name):
         expected = COMPOSITES[name]()
     with torch.inference_mode(), bicompile.eager():
         assert same_bits(COMPOSITES[name](), expected)
+
+
+def test_op_with_a_kernel_of_its_own_stays_whole_in_inference_mode():
+    """As it does under autograd, though PyTorch could take it apart."""
+    assert _is_composite(aten.rms_norm.default, on_gpu=False)
+    assert not _is_composite(aten.native_channel_shuffle.default, on_gpu=False)
 
 
 def test_unproven_op_is_refused_unless_allowed():

@@ -110,6 +110,16 @@ def test_block_has_the_bits_of_compiled_code_with_gradients():
     assert same_bits(run(torch.compile(block, backend="batch_invariant", fullgraph=True), x), whole)
 
 
+def test_inference_mode_gives_the_bits_of_no_grad():
+    """Also for an op like the fused RMS norm, which is composite on the CPU and whole on a GPU."""
+    torch.manual_seed(0)
+    block, x = Block().cuda().bfloat16().eval(), torch.randn(4, 5, 64).bfloat16().cuda()
+    with torch.no_grad(), bicompile.eager():
+        whole = block(x)
+    with torch.inference_mode(), bicompile.eager():
+        assert same_bits(block(x), whole)
+
+
 def test_sampling_loop_picks_the_same_tokens_in_any_batch():
     torch.manual_seed(0)
     head, table = nn.Linear(64, 1000).cuda(), nn.Embedding(1000, 64).cuda()

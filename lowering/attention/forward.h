@@ -4,27 +4,9 @@
 #include "elementwise/math.h"
 
 #include "kernels.h"
+#include "problem.h"
 
 namespace bicompile::attention {
-
-// What is not a matter of the element type.  Strides are in elements, of [batch, head, row, column].
-struct View {
-  const void* data = nullptr;
-  int64_t strides[4] = {0, 0, 0, 0};
-  template <class T>
-  Matrix<T> matrix(int64_t batch, int64_t head) const {
-    return {static_cast<const T*>(data) + batch * strides[0] + head * strides[1], strides[2], strides[3]};
-  }
-};
-
-struct Problem {
-  int64_t batch, heads, kv_heads, queries, keys, depth, value_depth;
-  View q, k, v, mask;
-  ScalarType mask_dtype;
-  bool causal;
-  double scale;
-  int64_t group() const { return heads / kv_heads; }
-};
 
 template <class S>
 constexpr S kMinusInfinity = -std::numeric_limits<S>::infinity();

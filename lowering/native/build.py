@@ -38,7 +38,7 @@ _ISA_FLAGS = {
 _FLAGS = ["-O3", "-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]
 _FLAGS += ["-Wno-maybe-uninitialized"]  # gcc 12 says it of its own AVX-512 intrinsics
 # Many templates; started last, one of them would be compiled alone while the other processors wait.
-_SLOW = ("reduction_others", "softmax", "norm", "attention")
+_SLOW = ("reduction_others", "softmax", "norm", "attention_backward")
 
 
 class NativeBuildError(RuntimeError):

@@ -1,10 +1,10 @@
 """Compile a Llama's decoder layer once and run all its layers through it.
 
 Compiled whole, a model of thirty layers is thirty copies of the same code, and every one costs compile time.  Here
-the layer is the unit: ``torch.compile`` sees one function of one layer, whose weights are graph inputs, so that every
-layer runs the same graphs: two of them, since torch.compile specialises a query of one, and would a batch of one, were
-the batch not marked as unbacked.  What surrounds the layers (rotary table, final norm and output projection) is
-compiled too; embedding lookup and mask building are exact in eager mode.
+the layer is the unit: ``torch.compile`` sees one function of one layer, whose weights are graph inputs, and batch,
+queries and keys are marked as unbacked, so that one graph serves every layer, prefill and decode, in any batch.  What
+surrounds the layers (rotary table, final norm and output projection) is compiled too; embedding lookup and mask
+building are exact in eager mode.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def share_layers(model: Any, compile: Compiler) -> None:
 
     Run the model inside :func:`one_graph_settings`, and with a cache.
     """
+    model.set_attn_implementation("batch_invariant")  # asks no sizes, so that one graph takes any number of queries
     run_layer = compile(_layer)
     model.model.layers = nn.ModuleList(
         _SharedLayer(layer, index, run_layer) for index, layer in enumerate(model.model.layers)
@@ -119,8 +120,10 @@ class _SharedLayer(nn.Module):
         if attention_mask is None:
             attention_mask = _causal(batch, length, past[0].shape[0])
         cos, sin = (table.expand(batch, -1, -1) for table in position_embeddings)
-        for tensor, dim in ((hidden, 0), (attention_mask, 0), (cos, 0), (sin, 0), (past[0], 1), (past[1], 1)):
-            mark_unbacked(tensor, dim)
+        for tensor, dims in ((hidden, (0, 1)), (attention_mask, (0, 2, 3)), (cos, (0, 1)), (sin, (0, 1))):
+            mark_unbacked(tensor, dims)
+        for tensor in past:
+            mark_unbacked(tensor, (0, 1))
         hidden, keys, values = self.run(self.layer, hidden, attention_mask, cos, sin, *past)
         slot.keys, slot.values = keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
         return hidden

@@ -38,7 +38,7 @@ class Plan:
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
 
 
-FULL = Plan(prompts=4, tokens=32, sizes=(2, 3, 4, 5, 6, 8, 2, 4))
+FULL = Plan(prompts=4, tokens=24, sizes=(2, 3, 4, 5, 6, 8, 2, 4))
 QUICK = Plan(prompts=2, tokens=10, sizes=(2, 5))
 
 

@@ -57,7 +57,7 @@ def attention_forward(
     Raises:
         UnsupportedOpError: ``dropout`` above 0.
     """
-    if attention_mask is not None and 1 < attention_mask.shape[-1] < key.shape[2]:
+    if attention_mask is not None and key.shape[2] > attention_mask.shape[-1] > 1:
         # A sliding cache that may be cropped, of an assistant model, returns keys in front that no query sees.
         key, value = (t[:, :, -attention_mask.shape[-1] :] for t in (key, value))
     queries, keys = query.shape[2], key.shape[2]

@@ -1,7 +1,8 @@
 """Find the fastest admitted schedules of attention: decoding by splits, and the backward kernels.
 
-For each load (few, some, many programs) the candidates are timed in turns on a few cases, L2 cold; the one with the
-lowest product of times goes into the table of this architecture.  Heads of depth 128 in bfloat16.
+For each load (few, some, many programs) of decoding, and for each backward kernel and depth, the candidates are timed
+in turns on a few cases, L2 cold; the one with the lowest product of times goes into the table of this architecture.
+bfloat16; decoding with heads of depth 128.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from bicompile.lowering.attention.schedule import (
     TABLES,
     BackwardSchedule,
     SplitSchedule,
+    Tiles,
     load_of,
     read_table,
 )
@@ -45,12 +48,15 @@ SPLITS = tuple(
         (4, 3, 4, True), (4, 2, 2, True),
     )
 )  # fmt: skip
-BACKWARD = (
-    BackwardSchedule(64, 64, 32, 4, 2),
-    BackwardSchedule(128, 128, 32, 8, 2),
-    BackwardSchedule(128, 64, 64, 8, 2),
-    BackwardSchedule(128, 128, 64, 8, 2),
+DEPTHS = (64, 128)
+"""Of the heads that the backward kernels are tuned for."""
+TILES = tuple(
+    Tiles(own, step, warps, stages)
+    for own, step, warps in ((64, 32, 4), (64, 64, 4), (64, 64, 8), (128, 32, 8), (128, 64, 8), (128, 128, 8))
+    for stages in (1, 2, 3)
 )
+Found = dict[Any, list[float]]
+"""Microseconds of each schedule in the cases so far."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,38 +73,38 @@ def run(arguments: argparse.Namespace) -> int:
     """Tune, print the winners, and rewrite the table."""
     key = device_key(torch.cuda.current_device())
     path = arguments.table or TABLES / f"sm_{key.capability[0]}{key.capability[1]}.json"
-    compile_all([*SPLITS, *(() if arguments.only_splits else BACKWARD)], arguments.jobs)
-    times: dict[str, dict[Any, list[float]]] = {}
+    admitted = compile_all(_candidates(arguments), arguments.jobs)
+    splits: dict[str, Found] = {}
     for (batch, keys), load in zip(DECODE, _loads(key.num_sms), strict=True):
         p = _problem(batch, 1, keys)
-        runs = {s: functools.partial(gpu.run, p, s) for s in SPLITS if _admits_split(s)}
-        for schedule, us in _timed(runs, arguments.ms).items():
-            times.setdefault(load, {}).setdefault(schedule, []).append(us)
-            print(f"decode B={batch} S={keys} ({load}) {schedule}: {us:.1f} us", flush=True)
+        runs = {s: functools.partial(gpu.run, p, s) for s in SPLITS if (128, s) in admitted}
+        _note(splits.setdefault(load, {}), runs, arguments.ms, f"decode B={batch} S={keys} ({load})")
+    best = {load: _fastest(found) for load, found in splits.items()}
+    backward = dict(read_table(path).backward) if path.exists() else {}
     if not arguments.only_splits:
-        for schedule, us in _backward_times(arguments.ms).items():
-            times.setdefault("backward", {}).setdefault(schedule, []).append(us)
-            print(f"backward B=4 S=2048 {schedule}: {us:.1f} us", flush=True)
-    best = {name: _fastest(found) for name, found in times.items()}
-    best.setdefault("backward", read_table(path).backward if path.exists() else BACKWARD[0])
-    for name, schedule in best.items():
-        print(f"{name}: {schedule}")
-    path.write_text(layout(key.name, best))
+        for depth in DEPTHS:
+            of_queries, of_keys = ([s for s in column if (depth, s) in admitted] for column in _columns())
+            backward[depth] = _fastest_backward(depth, of_queries, of_keys, arguments.ms)
+    path.write_text(layout(key.name, best, backward))
+    print(path.read_text())
     print(f"written: {path}")
     return 0
 
 
-def layout(device: str, best: dict[str, Any]) -> str:
+def layout(device: str, splits: dict[str, SplitSchedule], backward: dict[int, BackwardSchedule]) -> str:
     """The table as it stands in its file."""
-    splits = {
-        load: {"warps": s.warps, "stages": s.stages, "parts": s.parts, "tma": s.tma}
-        for load, s in best.items()
-        if load != "backward"
-    }
-    lines = ",\n".join(f"  {json.dumps(load)}: {json.dumps(entry)}" for load, entry in splits.items())
-    backward = json.dumps(vars(best["backward"]))
-    measured = json.dumps(device)
-    return f'{{\n "measured_on": {measured},\n "splits": {{\n{lines}\n }},\n "backward": {backward}\n}}\n'
+    measured, lines = json.dumps(device), []
+    for load, s in splits.items():
+        entry = {"warps": s.warps, "stages": s.stages, "parts": s.parts, "tma": s.tma}
+        lines.append(f"  {json.dumps(load)}: {json.dumps(entry)}")
+    depths = []
+    for depth, both in backward.items():
+        kernels = [f"   {json.dumps(name)}: {json.dumps(vars(tiles))}" for name, tiles in vars(both).items()]
+        depths.append(f'  "{depth}": {{\n' + ",\n".join(kernels) + "\n  }")
+    return (
+        f'{{\n "measured_on": {measured},\n "splits": {{\n' + ",\n".join(lines) + '\n },\n "backward": {\n'
+        + ",\n".join(depths) + "\n }\n}\n"
+    )  # fmt: skip
 
 
 def _fastest(found: dict[Any, list[float]]) -> Any:
@@ -106,40 +112,54 @@ def _fastest(found: dict[Any, list[float]]) -> Any:
     return min(found, key=lambda schedule: math.prod(found[schedule]))
 
 
-def _backward_times(ms: float) -> dict[Any, float]:
-    """Microseconds of each admitted backward schedule."""
-    p = _problem(4, 2048, 2048)
-    out, lse = gpu.run(p, REFERENCE)
-    grad = torch.randn_like(out)
-    return _timed({s: _backward_call(p, grad, out, lse, s) for s in BACKWARD if _admits_backward(s)}, ms)
+def _columns() -> tuple[list[BackwardSchedule], list[BackwardSchedule]]:
+    """The candidates for either backward kernel, with the reference's tiles for the other."""
+    reference = REFERENCE_BACKWARD
+    return [replace(reference, queries=tiles) for tiles in TILES], [replace(reference, keys=tiles) for tiles in TILES]
 
 
-def compile_all(candidates: Sequence[SplitSchedule | BackwardSchedule], jobs: int) -> None:
-    """Admit the candidates in other processes, which leave compiled kernels and verdicts on disk."""
+def _fastest_backward(
+    depth: int, queries: list[BackwardSchedule], keys: list[BackwardSchedule], ms: float
+) -> BackwardSchedule:
+    """The fastest tiles of either kernel: causal, by flag and by mask."""
+    of_queries: Found = {}
+    of_keys: Found = {}
+    for masked in (False, True):
+        p = _problem(4, 2048, 2048, depth, masked)
+        out, lse = gpu.run(p, REFERENCE)
+        call, case = gpu_backward.prepare(p, torch.randn_like(out), out, lse), f"D={depth}{' masked' if masked else ''}"
+        query_gradient = functools.partial(gpu_backward.query_gradient, call, p.scale)
+        key_gradient = functools.partial(gpu_backward.key_gradient, call)
+        runs = {s.queries: functools.partial(query_gradient, s.queries) for s in queries}
+        _note(of_queries, runs, ms, f"dq B=4 S=2048 {case}")
+        _note(of_keys, {s.keys: functools.partial(key_gradient, s.keys) for s in keys}, ms, f"dk, dv B=4 S=2048 {case}")
+    return BackwardSchedule(_fastest(of_queries), _fastest(of_keys))
+
+
+def _candidates(arguments: argparse.Namespace) -> list[tuple[int, SplitSchedule | BackwardSchedule]]:
+    """Schedules, with the depth of heads for which they are tried."""
+    backward = [] if arguments.only_splits else [(d, s) for d in DEPTHS for column in _columns() for s in column]
+    return [*((128, s) for s in SPLITS), *backward]
+
+
+def compile_all(
+    candidates: Sequence[tuple[int, SplitSchedule | BackwardSchedule]], jobs: int
+) -> set[tuple[int, SplitSchedule | BackwardSchedule]]:
+    """Those that are admitted, found out in other processes, which leave compiled kernels and verdicts on disk."""
     with multiprocessing.get_context("spawn").Pool(min(jobs, len(candidates))) as pool:
-        pool.map(_admit, candidates, chunksize=1)
+        verdicts = pool.map(_admits, candidates, chunksize=1)
+    return {candidate for candidate, admitted in zip(candidates, verdicts, strict=True) if admitted}
 
 
-def _admit(schedule: SplitSchedule | BackwardSchedule) -> None:
+def _admits(candidate: tuple[int, SplitSchedule | BackwardSchedule]) -> bool:
+    depth, schedule = candidate
     if isinstance(schedule, SplitSchedule):
-        _admits_split(schedule)
-    else:
-        _admits_backward(schedule)
-
-
-def _admits_split(schedule: SplitSchedule) -> bool:
-    return choose(_problem(1, 1, 2048), (schedule,), REFERENCE, gpu.run, gpu.run) == schedule
-
-
-def _admits_backward(schedule: BackwardSchedule) -> bool:
+        return choose(_problem(1, 1, 2048, depth), (schedule,), REFERENCE, gpu.run, gpu.run) == schedule
     probe = gpu_backward.probe
-    return choose(_problem(1, 256, 256), (schedule,), REFERENCE_BACKWARD, probe, probe) == schedule
-
-
-def _backward_call(
-    p: Problem, grad: Tensor, out: Tensor, lse: Tensor, schedule: BackwardSchedule
-) -> Callable[[], object]:
-    return lambda: gpu_backward.run_backward(p, grad, out, lse, p.scale, False, schedule)
+    return all(
+        choose(_problem(1, 256, 256, depth, masked), (schedule,), REFERENCE_BACKWARD, probe, probe) == schedule
+        for masked in (False, True)
+    )
 
 
 def _loads(num_sms: int) -> Iterator[str]:
@@ -148,16 +168,21 @@ def _loads(num_sms: int) -> Iterator[str]:
         yield load_of(gpu.num_splits(order, keys) * batch * 8, num_sms)
 
 
-def _problem(batch: int, queries: int, keys: int) -> Problem:
-    """Causal where there are several queries; keys and values as a cache holds them."""
+def _problem(batch: int, queries: int, keys: int, depth: int = 128, masked: bool = False) -> Problem:
+    """Causal where there are several queries, by flag or by mask; keys and values as a cache holds them."""
 
     def randn(heads: int, length: int) -> Tensor:
-        return torch.randn(batch, heads, length, 128, device="cuda", dtype=torch.bfloat16)
+        return torch.randn(batch, heads, length, depth, device="cuda", dtype=torch.bfloat16)
 
-    return problem_of("sdpa", randn(32, queries), randn(8, keys), randn(8, keys), None, queries > 1, 128**-0.5)
+    mask = torch.ones(batch, 1, queries, keys, dtype=torch.bool, device="cuda").tril() if masked else None
+    causal = queries > 1 and not masked
+    return problem_of("sdpa", randn(32, queries), randn(8, keys), randn(8, keys), mask, causal, depth**-0.5)
 
 
-def _timed(runs: Mapping[Any, Callable[[], object]], ms: float) -> dict[Any, float]:
+def _note(found: Found, runs: Mapping[Any, Callable[[], object]], ms: float, case: str) -> None:
+    """Time ``runs``, by schedule, and add their microseconds to ``found``."""
     names = dict(zip(map(str, itertools.count()), runs, strict=False))
     timings = gpu_interleaved({name: runs[schedule] for name, schedule in names.items()}, ms=ms)
-    return {schedule: timings[name].median_us for name, schedule in names.items()}
+    for name, schedule in names.items():
+        found.setdefault(schedule, []).append(timings[name].median_us)
+        print(f"{case} {schedule}: {timings[name].median_us:.1f} us", flush=True)

@@ -15,6 +15,8 @@ from .hopper import ROWS, hopper_kernel
 from .kernels import merge_kernel, split_kernel, tile_kernel
 from .order import gpu_order_for
 from .schedule import (
+    DEEP_BACKWARD,
+    PLAIN_BACKWARD,
     REFERENCE,
     REFERENCE_BACKWARD,
     TABLES,
@@ -98,23 +100,24 @@ def backward_compilations(
     wide = "fp64" if dtype == torch.float64 else "fp32"
     for kernel in (query_kernel, key_kernel):
         mine = kernel is query_kernel
+        tiles = schedule.queries if mine else schedule.keys
         constants: dict[str, Any] = dict(
-            BM=schedule.queries if mine else schedule.step, BN=schedule.step if mine else schedule.keys, BD=depth,
-            BDV=depth, EVEN=True, EVEN_V=True, MASK=mask, CAUSAL=causal, HIDDEN=-1e38, STAGES=schedule.stages,
+            BM=tiles.own if mine else tiles.step, BN=tiles.step if mine else tiles.own, BD=depth, BDV=depth,
+            EVEN=True, EVEN_V=True, MASK=mask, CAUSAL=causal, HIDDEN=-1e38, STAGES=tiles.stages,
             DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
         )  # fmt: skip
         signature = {a: "i32:16" for a in kernel.arg_names if a not in constants}
         signature |= {a: "i32" for a in _LOOSE if a in signature}
         signature |= {a: f"*{wide}:16" for a in ("lse_ptr", "delta_ptr")}
-        signature |= {a: "*i32:16" for a in ("first_ptr", "last_ptr", "begin_ptr") if a in signature}
+        signature |= {a: "*i32:16" for a in ("first_ptr", "hole_ptr", "last_ptr", "begin_ptr") if a in signature}
         signature |= {a: "fp32" for a in ("c_high", "c_low", "scale", "scale_low")}
         halves = ("q_ptr", "k_p", "v_p", "grad_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
         signature |= {a: f"*{name}:16" for a in halves if a in signature}
         signature["mask_ptr"] = f"*{name}:16" if mask == "additive" else "*u8:16"
         if mask != "none":
             constants["mask_k"] = 1
-        label = f"attention {name} {depth} {mask}{' causal' if causal else ''} {'dq' if mine else 'dk, dv'} {schedule}"
-        yield Compilation(label, kernel, signature, constants, schedule.warps, schedule.stages)
+        label = f"attention {name} {depth} {mask}{' causal' if causal else ''} {'dq' if mine else 'dk, dv'} {tiles}"
+        yield Compilation(label, kernel, signature, constants, tiles.warps, tiles.stages)
 
 
 def hopper_compilation(
@@ -151,14 +154,13 @@ def aot_cases() -> Iterator[Compilation]:
         SplitSchedule(32, 8, 2),
         *_tuned_splits(),
     ]
-    backward = [BackwardSchedule(64, 64, 32, 4, 2), *_tuned_backward()]
     for mask, causal in (("none", False), ("none", True), ("bool", False), ("additive", False)):
         for schedule in (*tiles, TileSchedule(128, 8, 2, True), TileSchedule(128, 8, 2), *splits):
             yield compilation(schedule, half, 128, mask, causal=causal)
         if not causal:
             yield from (merge_compilation(half, 128, mask, early=early) for early in (False, True))
-        for kernels in backward:
-            yield from backward_compilations(kernels, half, 128, mask, causal=causal)
+        for depth, kernels in ((128, PLAIN_BACKWARD), *_tuned_backward()):
+            yield from backward_compilations(kernels, half, depth, mask, causal=causal)
         if mask != "additive":
             yield from (hopper_compilation(HopperSchedule(2, True), d, mask, causal=causal) for d in (64, 128))
     for dtype, depth in ((quarter, 64), (half, 32), (half, 256), (torch.float32, 128), (torch.float64, 64)):
@@ -168,7 +170,7 @@ def aot_cases() -> Iterator[Compilation]:
             yield from backward_compilations(REFERENCE_BACKWARD, dtype, depth, mask, causal=causal)
     yield compilation(TileSchedule(32, 8, 1), half, 256, causal=True)
     yield compilation(SplitSchedule(32, 8, 2), half, 256, causal=True)
-    yield from backward_compilations(BackwardSchedule(64, 32, 32, 8, 1), half, 256, causal=True)
+    yield from backward_compilations(DEEP_BACKWARD, half, 256, causal=True)
 
 
 def _tuned_splits() -> list[SplitSchedule]:
@@ -177,5 +179,6 @@ def _tuned_splits() -> list[SplitSchedule]:
     return list(dict.fromkeys(replace(s, parts=parts) for s in found for parts in (s.parts, 0)))
 
 
-def _tuned_backward() -> list[BackwardSchedule]:
-    return list(dict.fromkeys(read_table(path).backward for path in sorted(TABLES.glob("*.json"))))
+def _tuned_backward() -> list[tuple[int, BackwardSchedule]]:
+    """What the tables prefer, with the depth of heads that it is for."""
+    return list(dict.fromkeys(e for path in sorted(TABLES.glob("*.json")) for e in read_table(path).backward.items()))

@@ -91,7 +91,7 @@ def walk_keys(
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads"])
 def query_kernel(
-    q_ptr, k_p, v_p, mask_ptr, first_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr,
     queries, keys, heads, kv_heads, c_high, c_low, scale, scale_low,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth, value_depth,
     g_b, g_h, g_n,
@@ -138,6 +138,7 @@ def query_kernel(
         mask_row = mask_ptr + b * mask_b + h * mask_h + at * mask_q
         info = b * info_b + h * info_h + at
         first = tl.load(first_ptr + info, mask=alive, other=keys)
+        hole = tl.load(hole_ptr + info, mask=alive, other=keys)
         last = tl.load(last_ptr + info, mask=alive, other=0)
         nothing = alive & (first >= keys)
         tl.store(dq_at, tl.zeros([BM, BD], dq_ptr.dtype.element_ty), mask=nothing[:, None] & dq_mask)
@@ -145,9 +146,17 @@ def query_kernel(
         while anchor < keys:
             rows = alive & (first == anchor)
             stop = tl.max(tl.where(rows, last, 0), 0)
+            dq = tl.zeros([BM, BD], DTYPE)
+            whole = anchor
+            if MASK == "bool":
+                whole = start_of(anchor, tl.min(tl.where(rows, hole, keys), 0), BN)
+                dq = walk_keys(
+                    dq, anchor, whole, q, grad, lse, delta, k_p, v_p, k_n, v_n, depth, value_depth, c, mask_row, query,
+                    rows, mask_k, BM, BN, BD, BDV, EVEN, EVEN_V, True, MASK, CAUSAL, HIDDEN, STAGES,
+                )  # fmt: skip
             dq = walk_keys(
-                tl.zeros([BM, BD], DTYPE), anchor, stop, q, grad, lse, delta, k_p, v_p, k_n, v_n, depth, value_depth,
-                c, mask_row, query, rows, mask_k, BM, BN, BD, BDV, EVEN, EVEN_V, False, MASK, CAUSAL, HIDDEN, STAGES,
+                dq, whole, stop, q, grad, lse, delta, k_p, v_p, k_n, v_n, depth, value_depth, c, mask_row, query, rows,
+                mask_k, BM, BN, BD, BDV, EVEN, EVEN_V, False, MASK, CAUSAL, HIDDEN, STAGES,
             )  # fmt: skip
             dq = dq * scale_of(scale, scale_low, DTYPE) + 0.0
             tl.store(dq_at, dq.to(dq_ptr.dtype.element_ty), mask=rows[:, None] & dq_mask)
@@ -187,7 +196,7 @@ def walk_queries(
     for n in tl.range(start, stop, BM, num_stages=STAGES):
         query = n + tl.arange(0, BM)
         alive = query < stop
-        if MASK != "none":
+        if MASK != "none" and not ALL:
             alive = alive & (tl.load(first_p + query, mask=alive, other=num_keys) < num_keys)
         at = query.to(tl.int64)
         q = load_queries(q_p + at * q_n, alive, depth, BD)
@@ -227,9 +236,22 @@ def reach(first_p, last_p, start, stop, queries, keys):
     return low, high
 
 
+@triton.jit
+def clear_from(first_p, hole_p, start, stop, low, high):
+    """The query in [low, high] from which on all up to ``high`` see every key in [start, stop)."""
+    clear = low
+    for n in range(low, high, 1024):
+        query = n + tl.arange(0, 1024)
+        inside = query < high
+        first = tl.load(first_p + query, mask=inside, other=start)
+        hole = tl.load(hole_p + query, mask=inside, other=stop)
+        clear = tl.maximum(clear, tl.max(tl.where((first > start) | (hole < stop), query + 1, 0), 0))
+    return clear
+
+
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads"])
 def key_kernel(
-    q_ptr, k_p, v_p, mask_ptr, first_ptr, last_ptr, begin_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, begin_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     queries, keys, heads, kv_heads, c_high, c_low, scale, scale_low,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth, value_depth,
     g_b, g_h, g_n, begin_b, begin_h,
@@ -278,11 +300,22 @@ def key_kernel(
             info = b * info_b + h * info_h
             begin = tl.load(begin_ptr + b * begin_b + h * begin_h)
             low, high = reach(first_ptr + info, last_ptr + info, n, n + BN, queries, keys)
+            start = start_of(begin, low, BM)
+            middle = high
+            if MASK == "bool":
+                clear = clear_from(first_ptr + info, hole_ptr + info, n, n + BN, low, high)
+                middle = tl.minimum(start + (clear - start + BM - 1) // BM * BM, high)
             dk, dv = walk_queries(
-                dk, dv, start_of(begin, low, BM), high, k, v, q_p, grad_p, lse_ptr + stat, delta_ptr + stat,
+                dk, dv, start, middle, k, v, q_p, grad_p, lse_ptr + stat, delta_ptr + stat,
                 mask_ptr + b * mask_b + h * mask_h, first_ptr + info, keys_at, keys, q_n, g_n, mask_q, mask_k, depth,
                 value_depth, c, BM, BD, BDV, False, MASK, CAUSAL, HIDDEN, STAGES,
             )  # fmt: skip
+            if MASK == "bool":
+                dk, dv = walk_queries(
+                    dk, dv, middle, high, k, v, q_p, grad_p, lse_ptr + stat, delta_ptr + stat, mask_ptr,
+                    first_ptr, keys_at, keys, q_n, g_n, mask_q, mask_k, depth, value_depth, c, BM, BD, BDV, True,
+                    MASK, CAUSAL, HIDDEN, STAGES,
+                )  # fmt: skip
     dk = dk * scale_of(scale, scale_low, DTYPE) + 0.0
     dv = dv + 0.0
     row = bh.to(tl.int64) * keys + keys_at

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -13,51 +16,95 @@ from .admitted import TWIN, choose, twins
 from .backward_kernels import begin_kernel, delta_kernel, key_kernel, mask_kernel, query_kernel, sum_kernel
 from .gpu import run_tiles
 from .problem import TYPES, Problem, RowInfo, cdiv, launch, mask_strides, problem_of, row_info, two_parts
-from .schedule import REFERENCE, REFERENCE_BACKWARD, BackwardSchedule, backward_schedules
+from .schedule import REFERENCE, REFERENCE_BACKWARD, BackwardSchedule, Tiles, backward_schedules
 
 
 def run_backward(
     p: Problem, grad: Tensor, out: Tensor, lse: Tensor, scale: float, mask_grad: bool, schedule: BackwardSchedule
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and, if wanted, of the mask; ``scale`` with the sign that ``p`` has put into q."""
-    batch, heads, queries, depth = p.q.shape
-    keys, kv_heads, value_depth = p.k.shape[2], p.k.shape[1], p.v.shape[3]
-    wide = TYPES[p.q.dtype]
+    call = prepare(p, grad, out, lse)
+    dq = query_gradient(call, scale, schedule.queries)
+    dk, dv = key_gradient(call, schedule.keys)
+    dmask = _mask_gradient(p, p.mask, call) if mask_grad and p.mask is not None else p.q.new_empty(0)
+    return dq, dk, dv, dmask
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What all backward kernels are given: a problem, and of its rows the gradient, the statistics and the mask."""
+
+    p: Problem
+    grad: Tensor
+    lse: Tensor
+    delta: Tensor
+    info: RowInfo
+
+    @property
+    def sizes(self) -> tuple[Any, ...]:
+        """Numbers that no kernel is specialised on."""
+        q, k = self.p.q, self.p.k
+        return q.shape[2], k.shape[2], q.shape[1], k.shape[1], *self.p.scales
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of q, k, v, the mask and its rows; the depths; of the gradient."""
+        p = self.p
+        return (
+            *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *mask_strides(p.mask), *self.info.strides,
+            p.q.shape[3], p.v.shape[3], *self.grad.stride()[:3],
+        )  # fmt: skip
+
+    def constants(self, queries: int, keys: int, stages: int) -> tuple[Any, ...]:
+        """For blocks of ``queries`` and of ``keys``."""
+        p, (width, value_width) = self.p, self.p.widths
+        return (
+            queries, keys, width, value_width, width == p.q.shape[3], value_width == p.v.shape[3], p.kind, p.causal,
+            p.hidden, stages, TYPES[p.q.dtype],
+        )  # fmt: skip
+
+
+def prepare(p: Problem, grad: Tensor, out: Tensor, lse: Tensor) -> Backward:
+    """Compute each row's delta, and read the mask's rows."""
+    batch, heads, queries, value_depth = out.shape
     num_rows = batch * heads * queries
     grad, out = (t if t.stride(3) == 1 or value_depth <= 1 else t.contiguous() for t in (grad, out))
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
     launch(
         delta_kernel, (cdiv(num_rows, 16),), (grad, out, delta), (queries, heads, num_rows),
-        (*grad.stride()[:3], *out.stride()[:3], value_depth), (16, p.widths[1], wide), 4, 1,
+        (*grad.stride()[:3], *out.stride()[:3], value_depth), (16, p.widths[1], TYPES[p.q.dtype]), 4, 1,
     )  # fmt: skip
-    info = row_info(p)
-    mask = p.mask if p.mask is not None else p.q
-    strides = (
-        *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *mask_strides(p.mask), *info.strides, depth,
-        value_depth, *grad.stride()[:3],
-    )  # fmt: skip
-    width, value_width = p.widths
-    rest = (
-        width, value_width, width == depth, value_width == value_depth, p.kind, p.causal, p.hidden, schedule.stages,
-        wide,
-    )  # fmt: skip
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (p.q, p.k, p.v))
-    sizes = (queries, keys, heads, kv_heads, *p.scales)
+    return Backward(p, grad, lse, delta, row_info(p))
+
+
+def query_gradient(call: Backward, scale: float, tiles: Tiles) -> Tensor:
+    """The gradient of q."""
+    p, info = call.p, call.info
+    batch, heads, queries, _ = p.q.shape
+    dq = torch.empty(p.q.shape, dtype=p.q.dtype, device=p.q.device)
     launch(
-        query_kernel, (batch * heads, cdiv(queries, schedule.queries)),
-        (p.q, p.k, p.v, mask, info.first, info.last, grad, lse, delta, dq), (*sizes, *two_parts(scale)), strides,
-        (schedule.queries, schedule.step, *rest), schedule.warps, schedule.stages,
+        query_kernel, (batch * heads, cdiv(queries, tiles.own)),
+        (p.q, p.k, p.v, p.mask_or_q, info.first, info.hole, info.last, call.grad, call.lse, call.delta, dq),
+        (*call.sizes, *two_parts(scale)), call.strides, call.constants(tiles.own, tiles.step, tiles.stages),
+        tiles.warps, tiles.stages,
     )  # fmt: skip
+    return dq
+
+
+def key_gradient(call: Backward, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """The gradients of k and v."""
+    p, info = call.p, call.info
+    batch, kv_heads, keys, _ = p.k.shape
+    dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (p.k, p.v))
     begin, begin_strides = _begin(p, info)
     launch(
-        key_kernel, (batch * kv_heads, cdiv(keys, schedule.keys)),
-        (p.q, p.k, p.v, mask, info.first, info.last, begin, grad, lse, delta, dk, dv),
-        (*sizes, *two_parts(p.scale)), (*strides, *begin_strides), (schedule.step, schedule.keys, *rest),
-        schedule.warps, schedule.stages,
+        key_kernel, (batch * kv_heads, cdiv(keys, tiles.own)),
+        (p.q, p.k, p.v, p.mask_or_q, info.first, info.hole, info.last, begin, call.grad, call.lse, call.delta, dk, dv),
+        (*call.sizes, *two_parts(p.scale)), (*call.strides, *begin_strides),
+        call.constants(tiles.step, tiles.own, tiles.stages), tiles.warps, tiles.stages,
     )  # fmt: skip
-    dmask = _mask_gradient(p, p.mask, grad, lse, delta) if mask_grad and p.mask is not None else p.q.new_empty(0)
-    return dq, dk, dv, dmask
+    return dk, dv
 
 
 def _begin(p: Problem, info: RowInfo) -> tuple[Tensor, tuple[int, int]]:
@@ -72,20 +119,20 @@ def _begin(p: Problem, info: RowInfo) -> tuple[Tensor, tuple[int, int]]:
     return begin, (heads if batch > 1 else 0, 1 if heads > 1 else 0)
 
 
-def _mask_gradient(p: Problem, mask: Tensor, grad: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+def _mask_gradient(p: Problem, mask: Tensor, call: Backward) -> Tensor:
     """The masked scores' gradient, summed over the dims in which the mask was broadcast, in ascending order."""
     batch, heads, queries, depth = p.q.shape
     keys, value_depth = p.k.shape[2], p.v.shape[3]
     batches, mask_heads = mask.shape[:2]
-    ds = torch.empty((batches, mask_heads, queries, keys), dtype=lse.dtype, device=lse.device)
-    rows = cols = 16 if lse.dtype == torch.float64 else 32
+    ds = torch.empty((batches, mask_heads, queries, keys), dtype=call.lse.dtype, device=call.lse.device)
+    rows = cols = 16 if call.lse.dtype == torch.float64 else 32
     width, value_width = p.widths
     launch(
         mask_kernel, (cdiv(keys, cols), cdiv(queries, rows), batches * mask_heads),
-        (p.q, p.k, p.v, mask, grad, lse, delta, ds),
+        (p.q, p.k, p.v, mask, call.grad, call.lse, call.delta, ds),
         (queries, keys, batch, heads, p.k.shape[1], batches, mask_heads, *p.scales),
         (*p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *mask_strides(mask), depth, value_depth,
-         *grad.stride()[:3]),
+         *call.grad.stride()[:3]),
         (rows, cols, width, value_width, width == depth, value_width == value_depth, p.causal, p.hidden,
          TYPES[p.q.dtype]), 4, 1,
     )  # fmt: skip

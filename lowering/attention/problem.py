@@ -72,6 +72,11 @@ class Problem:
         return gpu_order_for(max(self.q.shape[3], self.v.shape[3]), self.q.dtype)
 
     @property
+    def mask_or_q(self) -> Tensor:
+        """The mask; without one, a tensor that no kernel reads."""
+        return self.q if self.mask is None else self.mask
+
+    @property
     def kind(self) -> str:
         """How the kernels name the mask."""
         return "none" if self.mask is None else _kind(self.mask)

@@ -104,25 +104,34 @@ def hopper_schedules(queries: int) -> list[HopperSchedule]:
 
 
 @dataclass(frozen=True)
-class BackwardSchedule:
-    """How the two backward kernels are run.
+class Tiles:
+    """How one of the two backward kernels is run.
 
     Attributes:
-        queries: queries of one program of the queries' gradient.
-        keys: keys of one program of the keys' and values' gradient.
-        step: rows of the other side that either takes at a time.
+        own: rows of one program, those whose gradients it computes.
+        step: rows of the other side that it takes at a time.
         warps: warps of one program.
         stages: blocks in flight.
     """
 
-    queries: int
-    keys: int
+    own: int
     step: int
     warps: int
     stages: int
 
 
-REFERENCE_BACKWARD = BackwardSchedule(queries=16, keys=16, step=16, warps=4, stages=1)
+@dataclass(frozen=True)
+class BackwardSchedule:
+    """The kernel of the queries' gradient, and that of the keys' and values'."""
+
+    queries: Tiles
+    keys: Tiles
+
+
+REFERENCE_BACKWARD = BackwardSchedule(Tiles(16, 16, 4, 1), Tiles(16, 16, 4, 1))
+PLAIN_BACKWARD = BackwardSchedule(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2))
+DEEP_BACKWARD = BackwardSchedule(Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1))
+"""For heads deeper than 128."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +140,11 @@ class Table:
 
     Attributes:
         splits: by ``load_of``, schedules of 16 rows.
-        backward: for heads up to 128 deep.
+        backward: by the padded depth of the heads up to which it holds, ascending.
     """
 
     splits: dict[str, SplitSchedule]
-    backward: BackwardSchedule
+    backward: dict[int, BackwardSchedule]
 
 
 @functools.cache
@@ -143,7 +152,11 @@ def read_table(path: Path) -> Table:
     """The table in a file."""
     body = json.loads(path.read_text())
     splits = {load: SplitSchedule(rows=16, **entry) for load, entry in body["splits"].items()}
-    return Table(splits, BackwardSchedule(**body["backward"]))
+    backward = {
+        int(depth): BackwardSchedule(*(Tiles(**entry[kernel]) for kernel in ("queries", "keys")))
+        for depth, entry in body["backward"].items()
+    }
+    return Table(splits, backward)
 
 
 @functools.cache
@@ -200,6 +213,7 @@ def backward_schedules(widths: tuple[int, int], dtype: torch.dtype, device: Devi
     if dtype.itemsize > 2:
         return [REFERENCE_BACKWARD]
     if max(widths) > 128:
-        return [BackwardSchedule(64, 32, 32, 8, 1), REFERENCE_BACKWARD]
-    preferred = [table.backward] if (table := table_of(device)) else []
-    return [*preferred, BackwardSchedule(64, 64, 32, 4, 2), REFERENCE_BACKWARD]
+        return [DEEP_BACKWARD, REFERENCE_BACKWARD]
+    table = table_of(device)
+    preferred = [s for depth, s in table.backward.items() if max(widths) <= depth][:1] if table else []
+    return [*preferred, PLAIN_BACKWARD, REFERENCE_BACKWARD]

@@ -32,7 +32,7 @@ _ISA_FLAGS = {
     "native": ["-march=native"],
     # The builds that check the first: nobody waits for their speed, only for their compilation.
     "avx2": ["-march=x86-64-v3", "-O1"],
-    "scalar": ["-DBICOMPILE_SCALAR", "-O1"],
+    "scalar": ["-DBICOMPILE_SCALAR", "-O0"],
 }
 # Never -ffast-math: the kernels state their order, and the compiler must keep it.
 _FLAGS = ["-O3", "-std=c++20", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall"]

@@ -6,17 +6,21 @@ from .bits import Difference, difference, differing_bits, same_bits
 from .invariance import assert_batch_invariant
 from .layouts import LAYOUTS, lay_out
 from .situations import SITUATIONS
+from .trees import SummationTree, summation_tree, tree_difference
 
 __all__ = [
     "LAYOUTS",
     "SITUATIONS",
     "Difference",
+    "SummationTree",
     "assert_batch_invariant",
     "batches",
     "difference",
     "differing_bits",
     "lay_out",
     "same_bits",
+    "summation_tree",
+    "tree_difference",
 ]
 
 

@@ -81,7 +81,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
 
     Args:
         mode: ``"default"`` or ``"reduce-overhead"``.
-        options: ``allow`` (a list of op names such as ``"aten._fft_r2c"``), ``on_refused`` (``"error"`` or ``"warn"``)
+        options: ``allow`` (a list of op names such as ``"aten.mode"``), ``on_refused`` (``"error"`` or ``"warn"``)
             and names from ``torch._inductor.config``.
 
     Raises:
@@ -95,7 +95,7 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
     options = dict(options or {})
     allow = options.pop("allow", ())
     if isinstance(allow, str) or not all(isinstance(name, str) for name in allow):
-        raise OptionError(f"options['allow']: expected a list of op names such as ['aten._fft_r2c'], got {allow!r}")
+        raise OptionError(f"options['allow']: expected a list of op names such as ['aten.mode'], got {allow!r}")
     on_refused = options.pop("on_refused", "error")
     if on_refused not in ("error", "warn"):
         raise OptionError(f"options['on_refused']: expected 'error' or 'warn', got {on_refused!r}")

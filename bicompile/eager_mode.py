@@ -41,9 +41,10 @@ _CORRECTLY_ROUNDED = frozenset(
     """
     aten.abs aten.bitwise_and aten.bitwise_left_shift aten.bitwise_not aten.bitwise_or aten.bitwise_right_shift
     aten.bitwise_xor aten.ceil aten.clamp aten.clamp_max aten.clamp_min aten.copysign aten.div aten.eq aten.floor
-    aten.fmax aten.fmin aten.frac aten.ge aten.gt aten.isfinite aten.isinf aten.isnan aten.le aten.logical_and
-    aten.logical_not aten.logical_or aten.logical_xor aten.lt aten.maximum aten.minimum aten.mul aten.ne aten.neg
-    aten.reciprocal aten.relu aten.round aten.sgn aten.sign aten.signbit aten.sqrt aten.threshold_backward aten.trunc
+    aten.fmax aten.fmin aten.frac aten.frexp aten.ge aten.gt aten.isfinite aten.isinf aten.isnan aten.le
+    aten.logical_and aten.logical_not aten.logical_or aten.logical_xor aten.lt aten.maximum aten.minimum aten.mul
+    aten.ne aten.neg aten.reciprocal aten.relu aten.round aten.sgn aten.sign aten.signbit aten.sqrt
+    aten.threshold_backward aten.trunc
     """.split()
 )
 
@@ -123,11 +124,12 @@ class _LoweringMode(TorchDispatchMode):
 
     def _mutate(self, func: OpOverload, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Compute in-place and out= ops by their functional form, then copy."""
-        outputs = [name for name in kwargs if name == "out"]
-        destination = kwargs[outputs[0]] if outputs else args[0]
+        given = bind(func, args, kwargs)  # defaults too: bernoulli_ has one where bernoulli has none
+        out = given.pop("out", None)
+        destination = args[0] if out is None else out
         with self:
-            result = target(*args, **{name: value for name, value in kwargs.items() if name != "out"})
-        if outputs and destination.shape != result.shape:
+            result = target(**given)
+        if out is not None and destination.shape != result.shape:
             destination.resize_(result.shape)
         return destination.copy_(result)
 
@@ -175,7 +177,7 @@ def _runs_as_it_is(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, An
         return True
     if torch.Tag.nondeterministic_seeded in func.tags:
         return False
-    name = op_name(func).rstrip("_")
+    name = op_name(func).replace("prims.", "aten.").rstrip("_")
     if any(t.is_complex() for t in tensors):
         return False
     if name in (_CORRECTLY_ROUNDED_ON_GPU if on_gpu else _CORRECTLY_ROUNDED):

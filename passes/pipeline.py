@@ -16,6 +16,7 @@ from . import (
     lower_matmuls,
     lower_norms,
     lower_reductions,
+    lower_samples,
     lower_scans,
     lower_scatters,
     lower_selections,
@@ -34,6 +35,7 @@ PIPELINE: tuple[Callable[[GraphModule], PassResult], ...] = (
     lower_scans.lower_scans_pass,
     lower_scatters.lower_scatters_pass,
     lower_selections.lower_selections_pass,
+    lower_samples.lower_samples_pass,
     share_mask_rows.share_mask_rows_pass,
 )
 
@@ -46,6 +48,7 @@ RULES: dict[OpOverload, Rule] = {
     **lower_scans.RULES,
     **lower_scatters.RULES,
     **lower_selections.RULES,
+    **lower_samples.RULES,
 }
 
 

@@ -106,14 +106,24 @@ def test_op_with_a_kernel_of_its_own_stays_whole_in_inference_mode():
     assert not _is_composite(aten.native_channel_shuffle.default, on_gpu=False)
 
 
+def test_parts_that_pytorch_takes_an_op_into_are_known():
+    x, weight = torch.randn(3, 5), torch.rand(5)
+    with bicompile.eager():
+        assert same_bits(torch.frexp(x), x.frexp())
+        assert torch.equal(x.masked_select(x > 0), x[x > 0])
+        torch.testing.assert_close(torch.lerp(x, x[:1], weight), x + weight * (x[:1] - x))
+        with pytest.raises(bicompile.UnsupportedOpError, match="aten.bernoulli"):
+            F.dropout2d(x[None, :, None])  # an in-place op with a default that its functional form lacks
+
+
 def test_unproven_op_is_refused_unless_allowed():
     x = torch.randn(4, 3, 3)
-    with bicompile.eager(), pytest.raises(bicompile.UnsupportedOpError, match="_linalg_svd"):
-        torch.linalg.svdvals(x)
-    with bicompile.eager(allow=["aten._linalg_svd"]):
-        torch.linalg.svdvals(x)
-    with bicompile.eager(on_refused="warn"), pytest.warns(UserWarning, match="_linalg_svd"):
-        torch.linalg.svdvals(x)
+    with bicompile.eager(), pytest.raises(bicompile.UnsupportedOpError, match="_cdist_forward"):
+        torch.cdist(x, x)
+    with bicompile.eager(allow=["aten._cdist_forward"]):
+        torch.cdist(x, x)
+    with bicompile.eager(on_refused="warn"), pytest.warns(UserWarning, match="_cdist_forward"):
+        torch.cdist(x, x)
 
 
 def test_everything_is_restored_after_an_exception_and_nesting():
@@ -123,7 +133,7 @@ def test_everything_is_restored_after_an_exception_and_nesting():
     with pytest.raises(ZeroDivisionError), bicompile.eager(), bicompile.eager():
         1 / 0  # noqa: B018
     assert same_bits(torch.logsumexp(x, -1), stock)
-    torch.linalg.svdvals(torch.eye(3))  # refused inside, fine outside
+    torch.cdist(torch.eye(3), torch.eye(3))  # refused inside, fine outside
     with bicompile.eager():
         with bicompile.eager():
             inner = x.softmax(-1)
@@ -134,7 +144,7 @@ def test_other_threads_are_not_touched():
     outcome = []
 
     def work():
-        torch.linalg.svdvals(torch.eye(3))  # would be refused under the context
+        torch.cdist(torch.eye(3), torch.eye(3))  # would be refused under the context
         outcome.append(True)
 
     with bicompile.eager():

@@ -146,8 +146,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _samples(info: Any, dtype: torch.dtype, count: int) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-    with torch.random.fork_rng(), contextlib.suppress(NotImplementedError):
-        torch.manual_seed(0)
+    with _same_random_numbers(), contextlib.suppress(NotImplementedError):
         for sample in itertools.islice(info.sample_inputs("cpu", dtype, requires_grad=False), count):
             yield (sample.input, *sample.args), sample.kwargs
 
@@ -155,9 +154,19 @@ def _samples(info: Any, dtype: torch.dtype, count: int) -> Iterator[tuple[tuple[
 def _run(op: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """``op`` on copies of its arguments, which it may change, from one random state."""
     args, kwargs = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with _same_random_numbers():
         return op(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Start from one random state of the CPU and put the caller's back; ``torch.manual_seed`` asks for every device."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,14 @@ def test_each_group_is_a_product_of_its_own(cuts, seed):
         assert same_bits(out[:, group], ops.mm(left[g], right.t()[:, group]))
 
 
+def test_no_row_belongs_to_two_groups():
+    """Ends that descend or are too large: the group that ends before another has ended is empty."""
+    rows, weights, ends = _draw(40, 64), _draw(3, 64, 24, seed=1), torch.tensor([10, 5, 10_000], dtype=torch.int32)
+    out = ops.grouped_mm(rows, weights, ends)
+    assert same_bits(out[:10], ops.mm(rows[:10], weights[0]))
+    assert same_bits(out[10:], ops.mm(rows[10:], weights[2]))
+
+
 class Experts(torch.nn.Module):
     """Sends each token to one of four experts, as mixture-of-experts layers do."""
 

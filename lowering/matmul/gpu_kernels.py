@@ -156,13 +156,18 @@ def tile_kernel(
 def _bounds(ends_ptr, groups, num_groups, limit):
     """Where each of ``groups`` starts and ends; the one after the last takes what is left up to ``limit``.
 
-    Offsets that are too large, or descend, are pulled to what is possible: nothing outside may be read.
+    Offsets that are too large, or below the one before, are pulled to what is possible: nothing outside may be read.
     """
     starts = tl.load(ends_ptr + groups - 1, mask=(groups > 0) & (groups <= num_groups), other=0)
     ends = tl.load(ends_ptr + groups, mask=groups < num_groups, other=limit)
     ends = tl.minimum(tl.maximum(ends, 0), limit)
     starts = tl.minimum(tl.maximum(starts, 0), limit)
     return starts, tl.where(groups <= num_groups, tl.maximum(ends, starts), starts)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
 
 
 @triton.jit(do_not_specialize=["num_m", "tiles_m"])
@@ -201,6 +206,9 @@ def grouped_rows_kernel(
     tile_n = tl.program_id(0) // tiles_m
     groups = tl.arange(0, GROUPS)
     starts, ends = _bounds(ends_ptr, groups, num_groups, num_m)
+    # No row belongs to two groups, or two programs would write it.
+    starts = tl.associative_scan(starts, 0, _larger)
+    ends = tl.maximum(ends, starts)
     tiles = tl.cdiv(ends - starts, BLOCK_M)
     group = tl.sum((tl.cumsum(tiles, 0) <= tile).to(tl.int32), 0)  # sums of integers: exact in any order
     if group > num_groups:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,11 @@ def grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """One ``mm`` for each group; group g ends before ``ends[g]``, and what no group has is zero.
 
     ``[M, K] @ [G, K, N]`` cuts the rows of ``a``, ``[M, K] @ [K, N]`` cuts k, ``[G, M, K] @ [K, N]`` the columns of
-    ``b``.
+    ``b``.  No row or column belongs to two groups: one that ends before another has ended is empty.
     """
     bounds = [0, *ends.tolist()]
+    if a.dim() + b.dim() > 4:
+        bounds = list(itertools.accumulate(bounds, max))
     groups = [slice(start, max(start, end)) for start, end in zip(bounds, bounds[1:], strict=False)]
     if b.dim() == 3:
         out = a.new_zeros(a.shape[0], b.shape[2])

@@ -57,6 +57,7 @@ def test_offsets_that_lie_are_not_followed_out_of_the_tensors():
     x, weights = spread(40, 64), spread(3, 64, 32, seed=1)
     out = ops.grouped_mm(x, weights, _ends(10, 5, 10_000))
     assert same_bits(out[:10], ops.mm(x[:10], weights[0]))
+    assert same_bits(out[10:], ops.mm(x[10:], weights[2]))
 
 
 def test_grouped_mm_is_like_torchs():

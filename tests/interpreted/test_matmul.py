@@ -99,3 +99,9 @@ def test_groups_get_their_own_weights(cuts):
     torch.testing.assert_close(gpu_grouped.grouped_mm(x, weights, ends), wanted)
     torch.testing.assert_close(gpu_grouped.grouped_mm(x.t(), right, ends), depths)
     torch.testing.assert_close(gpu_grouped.grouped_mm(stack, x.t(), ends), stacked)
+
+
+def test_no_row_of_a_grouped_product_belongs_to_two_groups():
+    x, weights, ends = torch.randn(40, 16), torch.randn(3, 16, 24), torch.tensor([10, 5, 10_000], dtype=torch.int32)
+    wanted = torch.cat([x[:10] @ weights[0], x[10:] @ weights[2]])
+    torch.testing.assert_close(gpu_grouped.grouped_mm(x, weights, ends), wanted)

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from bicompile.lowering.samples.op import SAMPLE_DIMS, TRANSFORMS
+
 from .rewriting import arguments
 
 aten = torch.ops.aten
@@ -111,6 +113,21 @@ def _embedded(args: dict[str, Any]) -> list[Any]:
     return list(_shape(args["indices"]))
 
 
+def _transformed(args: dict[str, Any]) -> list[Any]:
+    return [_operand(args)[d] for d in args["dim"]]
+
+
+def _matrices(dims: tuple[int, ...]) -> Callable[[dict[str, Any]], list[Any]]:
+    """The last ``dims`` dims of each tensor; a right-hand side of fewer dims than the matrices may be vectors."""
+
+    def extent(args: dict[str, Any]) -> list[Any]:
+        shapes = [_shape(node) for node in list(args.values())[: len(dims)]]
+        lasts = [dim - (len(shape) < len(shapes[0])) for dim, shape in zip(dims, shapes, strict=True)]
+        return [size for last, shape in zip(lasts, shapes, strict=True) for size in shape[len(shape) - last :]]
+
+    return extent
+
+
 _EXTENTS: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
     **{f"bicompile.{name}": _inner for name in "mm bmm addmm baddbmm grouped_mm scaled_mm".split()},
     **{
@@ -127,6 +144,8 @@ _EXTENTS: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
     "bicompile.group_norm": _group,
     "bicompile.group_norm_backward": _group,
     "bicompile.group_norm_backward_params": _all_but_channels,
+    **{f"bicompile.{name}": _matrices(dims) for name, dims in SAMPLE_DIMS.items()},
+    **{f"bicompile.{name}": _transformed for name in TRANSFORMS},
     "bicompile.mask_rows": lambda args: [_shape(args["mask"])[-1]],
     "bicompile.sdpa": _keys,
     "bicompile.sdpa_backward": _keys_and_queries,
@@ -136,7 +155,9 @@ _EXTENTS: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
     # Exact, but a choice among rows of the batch depends on the batch all the same.
     **{
         f"aten.{name}": _over_dims
-        for name in "all any argmax argmin max min median nanmedian amax amin cummax cummin sum prod cumsum".split()
+        for name in (
+            "all any argmax argmin max min median nanmedian amax amin cummax cummin equal sum prod cumsum"
+        ).split()
     },
     **dict.fromkeys(["aten.sort", "aten.topk", "aten.kthvalue", "aten.mode"], _last_dim),
 }

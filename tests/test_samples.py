@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import bicompile
+from bicompile.errors import BatchInvarianceError
 from bicompile.lowering.samples.op import OPS
 from bicompile.testing import assert_batch_invariant, same_bits
 
@@ -54,6 +55,19 @@ def test_sample_has_the_same_bits_in_any_batch(name: str):
     torch.testing.assert_close(covered(FUNCTIONS[name])(x), FUNCTIONS[name](x), rtol=1e-3, atol=1e-3)
 
 
+def test_the_same_check_catches_stock_pytorch():
+    x = torch.randn(5, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+    def varies(fn: Callable[[Tensor], object]) -> bool:
+        try:
+            assert_batch_invariant(fn, x, situations=("alone", "permuted"))
+        except BatchInvarianceError:
+            return True
+        return False
+
+    assert any(varies(fn) for fn in FUNCTIONS.values())
+
+
 def test_number_of_threads_does_not_show():
     x, threads = torch.randn(2, 200, 200), torch.get_num_threads()
     many = [covered(fn)(x) for fn in (torch.linalg.inv, torch.linalg.svdvals, torch.fft.rfft)]
@@ -92,6 +106,24 @@ def test_shapes_and_strides_are_those_that_a_graph_expects():
             traced = fn(x.to("meta"))
             pairs = [(ours, traced)] if isinstance(ours, Tensor) else zip(ours, traced, strict=True)
             assert all((a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype) for a, b in pairs), fn
+
+
+@pytest.mark.parametrize(
+    ("fn", "shape", "is_crossed"),
+    [
+        (torch.linalg.svdvals, (5, 3), True),
+        (torch.linalg.svdvals, (5, 4, 3), False),
+        (lambda x: torch.view_as_real(torch.fft.rfft(x, dim=0)), (5, 8), True),
+        (lambda x: torch.view_as_real(torch.fft.rfft(x, dim=1)), (5, 8), False),
+        (lambda x: torch.linalg.solve(torch.eye(3) + 1, x.t()), (5, 3), True),
+        (lambda x: torch.linalg.solve(x, x[..., 0]), (5, 3, 3), False),
+    ],
+    ids=["svd of the batch", "svd", "fft over the batch", "fft", "right-hand sides", "vectors"],
+)
+def test_certificate_tells_whether_a_sample_holds_rows_of_the_batch(fn, shape: tuple[int, ...], is_crossed: bool):
+    certificate = bicompile.explain(fn, torch.randn(shape))
+    assert certificate.ok and bool(certificate.cross_batch) == is_crossed
+    assert bool(certificate.lowered) != is_crossed
 
 
 def test_every_op_has_the_schema_of_atens():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
@@ -40,8 +41,20 @@ def test_batches_are_the_same_in_every_run():
 
 
 @pytest.fixture(scope="module")
-def smallest() -> Result:
-    return command.compare(subject("random", print), SMALLEST)
+def smallest_and_its_graphs() -> tuple[Result, int]:
+    before = counters["stats"]["unique_graphs"]
+    result = command.compare(subject("random", print), SMALLEST)
+    return result, counters["stats"]["unique_graphs"] - before
+
+
+@pytest.fixture(scope="module")
+def smallest(smallest_and_its_graphs: tuple[Result, int]) -> Result:
+    return smallest_and_its_graphs[0]
+
+
+def test_layer_head_and_rotary_table_are_one_graph_each(smallest_and_its_graphs: tuple[Result, int]):
+    """Whatever the batch, prefill or decode: every graph more costs the demo ten seconds."""
+    assert smallest_and_its_graphs[1] == 3
 
 
 def test_batch_invariant_gives_one_completion_for_each_prompt(smallest: Result):

@@ -96,6 +96,24 @@ def test_compiled_code_has_the_bits_of_eager_code_and_gradients():
     assert {"bicompile._linalg_solve_ex.default", "bicompile._fft_r2c.default"} <= {n.op for n in certificate.lowered}
 
 
+class FourierMixing(torch.nn.Module):
+    """What FNet has in attention's place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up = torch.nn.LayerNorm(48), torch.nn.Linear(48, 96)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.norm(x + torch.fft.fft(torch.fft.fft(x, dim=-1), dim=-2).real))
+
+
+def test_rows_of_a_fourier_mixing_layer_keep_their_bits_compiled():
+    torch.manual_seed(0)
+    compiled = torch.compile(FourierMixing(), backend="batch_invariant", fullgraph=True)
+    x = torch.randn(4, 21, 48)
+    assert_batch_invariant(compiled, x, check_input_grad=True, situations=("again", "alone", "permuted", "nan"))
+
+
 def test_shapes_and_strides_are_those_that_a_graph_expects():
     """A graph is traced on tensors without data; PyTorch's own strides of an SVD are others."""
     for shape in ((2, 4, 4), (4, 4), (0, 4, 4), (2, 3, 4, 4)):

@@ -24,6 +24,7 @@ from .schedule import (
     HopperSchedule,
     SplitSchedule,
     TileSchedule,
+    merged_at_once,
     read_table,
 )
 
@@ -74,19 +75,20 @@ def compilation(
     )
 
 
-def merge_compilation(dtype: torch.dtype, depth: int, mask: str, *, early: bool) -> Compilation:
-    """The kernel that merges splits; ``early``: started before the splits have ended."""
+def merge_compilation(dtype: torch.dtype, depth: int, mask: str, at_once: int, *, early: bool) -> Compilation:
+    """The kernel that merges splits, ``at_once`` at a time; ``early``: started before the splits have ended."""
     import triton.language as tl
 
     (e1, s1), (e2, s2), s3 = gpu_order_for(depth, dtype).splits
     constants: dict[str, Any] = dict(
-        EARLY=early, BDV=depth, AHEAD=8, MASK=mask, CAUSAL=False, DTYPE=tl.float32, E1=e1, S1=s1, E2=e2, S2=s2, S3=s3
-    )
+        EARLY=early, BDV=depth, AHEAD=at_once, MASK=mask, CAUSAL=False, DTYPE=tl.float32, E1=e1, S1=s1, E2=e2, S2=s2,
+        S3=s3,
+    )  # fmt: skip
     signature = {a: "i32:16" for a in merge_kernel.arg_names if a not in constants}
     signature |= {a: "i32" for a in _LOOSE if a in signature}
     signature |= {"part_ptr": "*fp32:16", "stats_ptr": "*fp32:16", "lse_ptr": "*fp32:16"}
     signature |= {"first_ptr": "*i32:16", "last_ptr": "*i32:16", "out_ptr": f"*{_NAMES[dtype]}:16"}
-    label = f"attention merge {_NAMES[dtype]} {depth} {mask}{' early' if early else ''}"
+    label = f"attention merge {_NAMES[dtype]} {depth} {mask} {at_once}{' early' if early else ''}"
     return Compilation(label, merge_kernel, signature, constants, 1, 1, needs=90 if early else 80)
 
 
@@ -158,7 +160,8 @@ def aot_cases() -> Iterator[Compilation]:
         for schedule in (*tiles, TileSchedule(128, 8, 2, True), TileSchedule(128, 8, 2), *splits):
             yield compilation(schedule, half, 128, mask, causal=causal)
         if not causal:
-            yield from (merge_compilation(half, 128, mask, early=early) for early in (False, True))
+            for at_once in sorted({merged_at_once(splits) for splits in range(1, 20)}):
+                yield from (merge_compilation(half, 128, mask, at_once, early=early) for early in (False, True))
         for depth, kernels in ((128, PLAIN_BACKWARD), *_tuned_backward()):
             yield from backward_compilations(kernels, half, depth, mask, causal=causal)
         if mask != "additive":

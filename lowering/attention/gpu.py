@@ -22,6 +22,7 @@ from .schedule import (
     SplitSchedule,
     TileSchedule,
     hopper_schedules,
+    merged_at_once,
     split_schedules,
     tile_schedules,
     wants_split,
@@ -89,7 +90,8 @@ def run_splits(p: Problem, schedule: SplitSchedule) -> tuple[Tensor, Tensor]:
         launch(
             merge_kernel, (num_rows,), (part, stats, info.first, info.last, out, lse),
             (queries, keys, heads, num_rows), (*info.strides, value_depth),
-            (early, p.widths[1], 8, p.kind, p.causal, TYPES[p.q.dtype], *tail[-5:]), 1, 1, launch_pdl=early,
+            (early, p.widths[1], merged_at_once(splits), p.kind, p.causal, TYPES[p.q.dtype], *tail[-5:]), 1, 1,
+            launch_pdl=early,
         )  # fmt: skip
     return out, lse
 

@@ -197,6 +197,11 @@ def split_schedules(
     return found
 
 
+def merged_at_once(splits: int) -> int:
+    """How many of ``splits`` splits a program that merges them reads together."""
+    return 4 if splits <= 4 else 8 if splits <= 8 else 16
+
+
 def fills(programs: int, num_sms: int) -> bool:
     """Whether ``programs`` that all take equally long keep nearly all multiprocessors busy to the end."""
     waves = -(-programs // num_sms)

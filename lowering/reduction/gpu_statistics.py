@@ -238,25 +238,28 @@ def powers_kernel(
 
 
 @triton.jit
+def merge_powers(tops, sums, LSE: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr):
+    """Largest element, shift and sum of exponentials, each [1], of parts with these: tuples of [1, LANES]."""
+    top = top_of(tops)
+    shift = shift_of(top, LSE)
+    scaled = ()
+    for j in tl.static_range(len(tops)):
+        # A largest element of -inf, with a sum of 0, gives 0; one of +inf, with a sum of +inf or NaN, keeps that.
+        scaled = scaled + (sums[j] * exponential(tops[j] - shift[:, None], FAST),)
+    return top, shift, fold_chunks(scaled, "add", 1, LANES)
+
+
+@triton.jit
 def merged_powers(
     top_ptr, sum_ptr, first, parts, LSE: tl.constexpr, FAST: tl.constexpr, LANES: tl.constexpr, CHUNKS: tl.constexpr
 ):
-    """Largest element, shift and sum of exponentials, each [1], of the first LANES * CHUNKS of ``parts`` parts.
-
-    The statistics of part ``i`` lie at ``first + i``.
-    """
+    """``merge_powers`` of the first LANES * CHUNKS of ``parts`` parts; those of part ``i`` lie at ``first + i``."""
     tops, sums = (), ()
     for j in tl.static_range(CHUNKS):
         i = (j * LANES + tl.arange(0, LANES))[None, :]
         tops = tops + (tl.load(top_ptr + first + i, mask=i < parts, other=float("-inf")),)
         sums = sums + (tl.load(sum_ptr + first + i, mask=i < parts, other=0.0),)
-    top = top_of(tops)
-    shift = shift_of(top, LSE)
-    scaled = ()
-    for j in tl.static_range(CHUNKS):
-        # A largest element of -inf, with a sum of 0, gives 0; one of +inf, with a sum of +inf or NaN, keeps that.
-        scaled = scaled + (sums[j] * exponential(tops[j] - shift[:, None], FAST),)
-    return top, shift, fold_chunks(scaled, "add", 1, LANES)
+    return merge_powers(tops, sums, LSE, FAST, LANES)
 
 
 @triton.jit

@@ -39,6 +39,18 @@ def row_schedule_for(num_rows: int, lanes: int, chunks: int, sections: int) -> R
     return RowSchedule(rows, _between(1, rows * elements // 512, 4))
 
 
+def long_row_warps_for(num_rows: int, row_bytes: int) -> int | None:
+    """The warps of a program that takes one of ``num_rows`` rows of several sections, section after section, twice.
+
+    None where the rows are too few to keep a GPU busy.  The second look should find ``row_bytes`` bytes in the cache:
+    of larger programs, fewer rows are under way at a time.  Where not even theirs fit, more of them hide more waiting.
+    """
+    fits = row_bytes <= 200 << 10
+    if num_rows < (MANY // 2 if fits else MANY):
+        return None
+    return 16 if fits and row_bytes >= 48 << 10 else 8
+
+
 def columns_schedule_for(width: int, lanes: int, itemsize: int) -> ColumnsSchedule:
     """The schedule for rows of ``itemsize`` bytes an element, ``width`` of them side by side, and ``lanes`` lanes."""
     side = 8

@@ -11,7 +11,16 @@ from bicompile.lowering.gpu.recording import recorded
 
 from . import gpu
 
-_SHAPES = [(1, 4096), (4096, 64), (4096, 1000), (4096, 8192), (1, 152_064), (16, 50257), (2, 10_000_000)]
+_SHAPES = [
+    (1, 4096),
+    (4096, 64),
+    (4096, 1000),
+    (4096, 8192),
+    (1, 152_064),
+    (16, 50257),
+    (4096, 32_000),
+    (2, 10_000_000),
+]
 
 
 def aot_cases() -> Iterator[Compilation]:

@@ -1,6 +1,7 @@
 """Softmax and its gradient on a GPU.
 
-A row of one section is read once and held in registers.  A longer one is read twice: first every program takes the
+A row of one section is read once and held in registers.  A longer one is read twice.  Where rows are many, a program
+takes one row, section after section, and its second look finds the row in the cache.  Else every program takes the
 statistics of one section, then every program merges those of its row and writes one section.
 """
 
@@ -14,7 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bicompile.lowering.gpu.grouping import flat_rows, in_groups, rows_in_cache
 from bicompile.lowering.gpu.launch import Launch, key_of, on_device, planned
 from bicompile.lowering.gpu.rows import (
     Cut,
@@ -28,6 +28,7 @@ from bicompile.lowering.gpu.rows import (
     row_offsets,
     store_section,
     top_of,
+    tree,
     triton_type,
 )
 from bicompile.lowering.gpu.selftest import require_rows
@@ -35,13 +36,14 @@ from bicompile.lowering.reduction.gpu import FOLLOWS_BATCH, Fold, Rows, fold_row
 from bicompile.lowering.reduction.gpu_statistics import (
     MERGED_ON_THE_WAY,
     dense_rows,
+    merge_powers,
     merged_powers,
     powers,
     powers_of,
     shift_of,
 )
 from bicompile.lowering.reduction.op import canonical_dim, check_floating
-from bicompile.lowering.reduction.schedule import row_schedule_for
+from bicompile.lowering.reduction.schedule import long_row_warps_for, row_schedule_for
 
 
 @triton.jit
@@ -104,6 +106,46 @@ def _softmax_kernel(
     store_section(out_ptr + rows * n + start, ys, rows, num_rows, left, ROWS, LANES, CHUNKS, WHOLE)
 
 
+@triton.jit(do_not_specialize=FOLLOWS_BATCH)
+def _long_softmax_kernel(
+    x_ptr,
+    out_ptr,
+    num_rows,
+    n,
+    sections,
+    row_size,
+    row_stride,
+    row_step,
+    LOG: tl.constexpr,
+    SAFE: tl.constexpr,
+    FAST: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TWO_ROWS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Write one dense row of up to PARTS sections."""
+    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    x_row = x_ptr + row_offsets(rows, row_size, row_stride, row_step, TWO_ROWS)
+    part = tl.arange(0, PARTS)[None, :]
+    tops = tl.full([1, PARTS], float("-inf"), COMPUTE)
+    sums = tl.zeros([1, PARTS], COMPUTE)
+    for i in range(sections):
+        start = i * (LANES * CHUNKS)
+        xs = load_section(x_row + start, rows, num_rows, n - start, float("-inf"), 1, LANES, CHUNKS, False, COMPUTE)
+        top = top_of(xs)
+        total = fold_chunks(powers_of(xs, shift_of(top, False), FAST), "add", 1, LANES)
+        tops = tl.where(part == i, top[:, None], tops)
+        sums = tl.where(part == i, total[:, None], sums)
+    top, shift, total = merge_powers((tops,), (sums,), False, FAST, PARTS)
+    for i in range(sections):
+        start = i * (LANES * CHUNKS)
+        xs = load_section(x_row + start, rows, num_rows, n - start, float("-inf"), 1, LANES, CHUNKS, False, COMPUTE)
+        ys = _normalised(xs, top, shift, total, LOG, SAFE, FAST)
+        store_section(out_ptr + rows * n + start, ys, rows, num_rows, n - start, 1, LANES, CHUNKS, False)
+
+
 @triton.jit
 def _products_of(gs, ys, LOG: tl.constexpr):
     """What is summed for the gradient."""
@@ -113,6 +155,18 @@ def _products_of(gs, ys, LOG: tl.constexpr):
     for j in tl.static_range(len(gs)):
         products = products + (gs[j] * ys[j],)
     return products
+
+
+@triton.jit
+def _gradients_of(gs, ys, total, LOG: tl.constexpr, FAST: tl.constexpr):
+    """The gradient of the chunks that gave ``ys``, of rows with this sum."""
+    dxs = ()
+    for j in tl.static_range(len(gs)):
+        if LOG:
+            dxs = dxs + (gs[j] - exponential(ys[j], FAST) * total[:, None],)
+        else:
+            dxs = dxs + (ys[j] * (gs[j] - total[:, None]),)
+    return dxs
 
 
 @triton.jit(do_not_specialize=FOLLOWS_BATCH)
@@ -163,13 +217,54 @@ def _softmax_backward_kernel(
     if STAGE == "sum":
         tl.store(sum_ptr + rows * sections + section, total, mask=rows < num_rows)
     else:
-        dxs = ()
-        for j in tl.static_range(CHUNKS):
-            if LOG:
-                dxs = dxs + (gs[j] - exponential(ys[j], FAST) * total[:, None],)
-            else:
-                dxs = dxs + (ys[j] * (gs[j] - total[:, None]),)
+        dxs = _gradients_of(gs, ys, total, LOG, FAST)
         store_section(out_ptr + rows * n + start, dxs, rows, num_rows, left, ROWS, LANES, CHUNKS, WHOLE)
+
+
+@triton.jit(do_not_specialize=FOLLOWS_BATCH)
+def _long_softmax_backward_kernel(
+    grad_ptr,
+    y_ptr,
+    out_ptr,
+    num_rows,
+    n,
+    sections,
+    grad_size,
+    grad_stride,
+    grad_step,
+    y_size,
+    y_stride,
+    y_step,
+    LOG: tl.constexpr,
+    FAST: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TWO_GRAD: tl.constexpr,
+    TWO_Y: tl.constexpr,
+    COMPUTE: tl.constexpr,
+):
+    """Write the gradient of one dense row of up to PARTS sections."""
+    rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    g_row = grad_ptr + row_offsets(rows, grad_size, grad_stride, grad_step, TWO_GRAD)
+    y_row = y_ptr + row_offsets(rows, y_size, y_stride, y_step, TWO_Y)
+    part = tl.arange(0, PARTS)[None, :]
+    sums = tl.zeros([1, PARTS], COMPUTE)
+    for i in range(sections):
+        start = i * (LANES * CHUNKS)
+        gs = load_section(g_row + start, rows, num_rows, n - start, 0.0, 1, LANES, CHUNKS, False, COMPUTE)
+        ys = gs
+        if not LOG:
+            ys = load_section(y_row + start, rows, num_rows, n - start, 0.0, 1, LANES, CHUNKS, False, COMPUTE)
+        total = fold_chunks(_products_of(gs, ys, LOG), "add", 1, LANES)
+        sums = tl.where(part == i, total[:, None], sums)
+    total = tree(sums + 0.0, "add", 1, PARTS)
+    for i in range(sections):
+        start = i * (LANES * CHUNKS)
+        gs = load_section(g_row + start, rows, num_rows, n - start, 0.0, 1, LANES, CHUNKS, False, COMPUTE)
+        ys = load_section(y_row + start, rows, num_rows, n - start, 0.0, 1, LANES, CHUNKS, False, COMPUTE)
+        dxs = _gradients_of(gs, ys, total, LOG, FAST)
+        store_section(out_ptr + rows * n + start, dxs, rows, num_rows, n - start, 1, LANES, CHUNKS, False)
 
 
 # -- Plans ------------------------------------------------------------------------------------------------------------
@@ -198,18 +293,32 @@ def _is_fast(dtype: torch.dtype) -> bool:
 def _plan_softmax(x: Tensor, dtype: torch.dtype, log: bool, safe: bool) -> Callable[[Tensor, Tensor], None]:
     require_rows(x.device)
     at, compute = _rows(x), compute_dtype(dtype)
-    if at.rows.two or Cut.of(at.cols.count, compute).whole:
-        step = _softmax_step(at, dtype, compute, log, safe)
-        return lambda x, out: step((x, out))
-    n = at.cols.count
-    group = rows_in_cache(n * x.element_size(), x.device)
-    grouped = in_groups(at.rows.count, group, lambda count: _softmax_step(at.first(count), dtype, compute, log, safe))
-    return lambda x, out: grouped((flat_rows(x, at.rows), out.view(-1, n)))
+    warps = long_row_warps_for(at.rows.count, at.cols.count * x.element_size())
+    if warps is None or Cut.of(at.cols.count, compute).whole:
+        return _softmax_by_section(at, dtype, compute, log, safe)
+    return _long_softmax(at, dtype, compute, log, safe, warps)
 
 
-def _softmax_step(
+def _long_softmax(
+    at: Rows, dtype: torch.dtype, compute: torch.dtype, log: bool, safe: bool, warps: int
+) -> Callable[[Tensor, Tensor], None]:
+    cut, index = Cut.of(at.cols.count, compute), at.device.index
+    launch = Launch(
+        _long_softmax_kernel,
+        (at.rows.count,),
+        (at.rows.count, cut.n, cut.sections, *at.rows.walk),
+        (
+            *(log, safe, _is_fast(dtype), triton.next_power_of_2(cut.sections), cut.lanes, cut.chunks),
+            *(at.rows.two, triton_type(compute)),
+        ),
+        warps,
+    )
+    return lambda x, out: launch(index, x, out)
+
+
+def _softmax_by_section(
     at: Rows, dtype: torch.dtype, compute: torch.dtype, log: bool, safe: bool
-) -> Callable[[tuple[Tensor, Tensor]], None]:
+) -> Callable[[Tensor, Tensor], None]:
     fast, index = _is_fast(dtype), at.device.index
     cut = Cut.of(at.cols.count, compute)
     statistics, parts = (None, 1) if cut.whole else powers(at, compute, lse=False, fast=fast)
@@ -225,8 +334,7 @@ def _softmax_step(
         chosen.warps,
     )
 
-    def run(by_row: tuple[Tensor, Tensor]) -> None:
-        x, out = by_row
+    def run(x: Tensor, out: Tensor) -> None:
         top, sums = (None, None) if statistics is None else statistics(x)
         launch(index, x, top, sums, out)
 
@@ -238,20 +346,32 @@ def _plan_backward(
 ) -> Callable[[Tensor, Tensor, Tensor], None]:
     require_rows(y.device)
     g, at = _rows(grad), _rows(y)
-    if g.rows.two or at.rows.two or Cut.of(at.cols.count, compute).whole:
-        step = _backward_step(g, at, dtype, compute, log)
-        return lambda grad, y, out: step((grad, y, out))
-    n = at.cols.count
-    group = rows_in_cache(n * (grad.element_size() + y.element_size()), y.device)
-    grouped = in_groups(
-        at.rows.count, group, lambda count: _backward_step(g.first(count), at.first(count), dtype, compute, log)
+    warps = long_row_warps_for(at.rows.count, at.cols.count * (grad.element_size() + y.element_size()))
+    if warps is None or Cut.of(at.cols.count, compute).whole:
+        return _backward_by_section(g, at, dtype, compute, log)
+    return _long_backward(g, at, dtype, compute, log, warps)
+
+
+def _long_backward(
+    g: Rows, at: Rows, dtype: torch.dtype, compute: torch.dtype, log: bool, warps: int
+) -> Callable[[Tensor, Tensor, Tensor], None]:
+    cut, index = Cut.of(at.cols.count, compute), at.device.index
+    launch = Launch(
+        _long_softmax_backward_kernel,
+        (at.rows.count,),
+        (at.rows.count, cut.n, cut.sections, *g.rows.walk, *at.rows.walk),
+        (
+            *(log, _is_fast(dtype), triton.next_power_of_2(cut.sections), cut.lanes, cut.chunks),
+            *(g.rows.two, at.rows.two, triton_type(compute)),
+        ),
+        warps,
     )
-    return lambda grad, y, out: grouped((flat_rows(grad, g.rows), flat_rows(y, at.rows), out.view(-1, n)))
+    return lambda grad, y, out: launch(index, grad, y, out)
 
 
-def _backward_step(
+def _backward_by_section(
     g: Rows, at: Rows, dtype: torch.dtype, compute: torch.dtype, log: bool
-) -> Callable[[tuple[Tensor, Tensor, Tensor]], None]:
+) -> Callable[[Tensor, Tensor, Tensor], None]:
     index, rows = at.device.index, at.rows.count
     cut = Cut.of(at.cols.count, compute)
     chosen = row_schedule_for(rows, cut.lanes, cut.chunks, cut.sections)
@@ -270,13 +390,12 @@ def _backward_step(
 
     if cut.whole:
         both = launch("both", 1)
-        return lambda by_row: both(index, by_row[0], by_row[1], None, by_row[2])
+        return lambda grad, y, out: both(index, grad, y, None, out)
     first, few = launch("sum", 1), cut.sections <= MERGED_ON_THE_WAY
     write = launch("write", cut.sections if few else 1)
     merge = None if few else fold_rows(dense_rows((rows, cut.sections), at.device), Fold(), compute, 0)
 
-    def run(by_row: tuple[Tensor, Tensor, Tensor]) -> None:
-        grad, y, out = by_row
+    def run(grad: Tensor, y: Tensor, out: Tensor) -> None:
         sums = torch.empty((rows, cut.sections), dtype=compute, device=at.device)
         first(index, grad, y, sums, None)
         if merge is not None:

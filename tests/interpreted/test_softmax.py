@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from bicompile.lowering.gpu import grouping, launch
+from bicompile.lowering.gpu import launch
 from bicompile.lowering.softmax import gpu
 
 SHAPES = [((3, 1), 1), ((3, 33), 1), ((1, 2049), -1), ((1, 9000), 1), ((1, 7, 5), 1), ((2, 2, 1, 5), 0), ((), 0)]
@@ -62,10 +63,20 @@ def test_nothing_gives_nothing():
         assert gpu.softmax_backward(x, x, 1, False, torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_rows_taken_in_groups_have_the_same_bits(monkeypatch: pytest.MonkeyPatch):
-    x = drawn((17, 8200), torch.float32)
-    expected = gpu.softmax(x[14:], 1, False, x.dtype)
-    monkeypatch.setattr(grouping, "_cache_bytes", lambda device: 1)
+@pytest.mark.parametrize("log", [False, True])
+def test_many_long_rows_have_the_bits_of_few(log: bool, monkeypatch: pytest.MonkeyPatch):
+    x, grad = drawn((3, 9000), torch.bfloat16), drawn((3, 9000), torch.float32, 1)
+    x[0, :8192], x[1] = -math.inf, -math.inf  # a section and a row of nothing
+    expected = gpu.softmax(x, 1, log, torch.float32)
+    expected_grad = gpu.softmax_backward(grad, expected, 1, log, torch.float32)
+    launched = []
+    for name in ("_long_softmax", "_long_backward"):
+        plan = getattr(gpu, name)
+        monkeypatch.setattr(gpu, name, lambda *args, plan=plan, name=name: launched.append(name) or plan(*args))
+    monkeypatch.setattr(gpu, "long_row_warps_for", lambda *_: 8)
     launch._PLANS.clear()
-    assert torch.equal(gpu.softmax(x, 1, False, x.dtype)[14:], expected)
+    same = functools.partial(torch.allclose, rtol=0, atol=0, equal_nan=True)
+    assert same(gpu.softmax(x, 1, log, torch.float32), expected)
+    assert same(gpu.softmax_backward(grad, expected, 1, log, torch.float32), expected_grad)
+    assert launched == ["_long_softmax", "_long_backward"]
     launch._PLANS.clear()

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from .config import Options, cache_salt, parse_options, pinned_settings
 from .decompositions import decomposition_table
 from .errors import raising_through_dynamo
-from .interception import intercept_attention
+from .interception import intercept_composites
 from .lowering.elementwise.codegen_cpu import materialise_headers, pinned_cpu_codegen
 from .lowering.elementwise.codegen_gpu import pinned_gpu_codegen
 from .lowering.elementwise.codegen_sizes import pinned_sizes
@@ -73,7 +73,7 @@ def compile_graph(
     """Trace, lower and certify ``gm``, and hand each finished graph to ``inner_compile``."""
     pipeline = Pipeline(certification, cache_salt(options))
     settings = {**options.inductor, **pinned_settings(), "post_grad_custom_post_pass": pipeline}
-    with intercept_attention(), _decomposing_our_way():
+    with intercept_composites(), _decomposing_our_way():
         return inductor.compile_fx(gm, list(example_inputs), inner_compile=inner_compile, config_patches=settings)
 
 

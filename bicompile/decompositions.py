@@ -22,6 +22,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from . import windows, writes
 from .errors import UnsupportedOpError
 from .lowering.attention.op import scaled_dot_product_attention
+from .lowering.softmax.cross_entropy import log_probability
 
 aten = torch.ops.aten
 
@@ -280,6 +281,7 @@ _NORMAL_FORMS: dict[OpOverload, Callable[..., Any]] = {
     aten.max.dim: _first_extremum(torch.argmax),
     aten.min.dim: _first_extremum(torch.argmin),
     aten.glu.default: _glu,
+    torch.ops.bicompile.log_probability.default: log_probability,
     aten.sort.default: _sort,
     aten.sort.stable: _stable_sort,
     aten._fused_rms_norm.default: _fused_rms_norm,

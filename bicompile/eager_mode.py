@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from .decompositions import decomposition_table
 from .errors import UnsupportedOpError
-from .interception import intercept_attention
+from .interception import intercept_composites
 from .lowering.elementwise.op import PINNED_BINARY, PINNED_UNARY
 from .lowering.gpu.device import unsupported
 from .passes.lower_norms import BACKWARD_RULES
@@ -78,7 +78,7 @@ def eager(*, allow: Iterable[str] = (), on_refused: Literal["error", "warn"] = "
         NativeBuildError: an op inside computes on the CPU, and the CPU kernels cannot be built.
     """
     mode = _LoweringMode(frozenset(allow), on_refused)
-    with intercept_attention(), enable_python_dispatcher(), mode:
+    with intercept_composites(), enable_python_dispatcher(), mode:
         yield
 
 

@@ -1,9 +1,10 @@
-"""Catch attention above autograd, before PyTorch picks a backend for it.
+"""Catch attention and cross entropy above autograd, before PyTorch takes them apart.
 
 ``F.scaled_dot_product_attention`` is a composite op: by the time a decomposition table sees it, it has become one of
-several backend ops or a product of matrices, by shape, mask and dropout.  A Python kernel for its composite key is
-asked first, wherever Python dispatch is on: always while AOTAutograd traces, and inside ``bicompile.eager()``.  The
-gate keeps it out of every other backend's way.
+several backend ops or a product of matrices, by shape, mask and dropout.  ``F.cross_entropy`` is one too, whose parts
+would keep the log-softmax of all classes for the gradient.  A Python kernel for their composite key is asked first,
+wherever Python dispatch is on: always while AOTAutograd traces, and inside ``bicompile.eager()``.  The gate keeps it
+out of every other backend's way.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import torch
 from torch._C import DispatchKey
 
 from .lowering.attention.op import scaled_dot_product_attention
+from .lowering.softmax.cross_entropy import cross_entropy_loss
 
 _ACTIVE: ContextVar[bool] = ContextVar("bicompile_interception", default=False)
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
+_CROSS_ENTROPY = torch.ops.aten.cross_entropy_loss.default
 
 
 @contextlib.contextmanager
-def intercept_attention() -> Iterator[None]:
-    """Send ``F.scaled_dot_product_attention`` to our lowering while the context is open, in this thread."""
+def intercept_composites() -> Iterator[None]:
+    """Send attention and cross entropy to our lowerings while the context is open, in this thread."""
     token = _ACTIVE.set(True)
     try:
         yield
@@ -33,7 +36,7 @@ def intercept_attention() -> Iterator[None]:
 
 
 def is_intercepting() -> bool:
-    """Whether attention goes to our lowering in this thread: while one of our graphs is traced, or in ``eager()``."""
+    """Whether they go to our lowerings in this thread: while one of our graphs is traced, or in ``eager()``."""
     return _ACTIVE.get()
 
 
@@ -42,3 +45,12 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
     if _ACTIVE.get():
         return scaled_dot_product_attention(*args, **kwargs)
     return _SDPA._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+
+@_CROSS_ENTROPY.py_impl(DispatchKey.CompositeImplicitAutograd)
+def _cross_entropy(*args: Any, **kwargs: Any) -> Any:
+    # torch.func's transforms, vmap above all, know PyTorch's own parts only.
+    if _ACTIVE.get() and torch._C._functorch.peek_interpreter_stack() is None:
+        if (loss := cross_entropy_loss(*args, **kwargs)) is not None:
+            return loss
+    return _CROSS_ENTROPY._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_base import PassResult
 
 from .rewriting import Replacement, is_real, lower_by_rules, value
 
 aten = torch.ops.aten
+prims = torch.ops.prims
 bicompile = torch.ops.bicompile
 
 
@@ -61,6 +62,17 @@ RULES = {
 }
 
 
+def _of_narrow(op: OpOverload, args: dict[str, Any]) -> Replacement | None:
+    """Statistics of scores that were only widened for them: of the narrow ones, the same bits and half the memory."""
+    x = args["x"]
+    if not isinstance(x, Node) or x.target is not prims.convert_element_type.default:
+        return None
+    narrow = x.args[0]
+    if value(x).dtype != torch.float32 or value(narrow).dtype not in (torch.bfloat16, torch.float16):
+        return None
+    return Replacement(op, (narrow, args["dim"]))
+
+
 def lower_softmax_pass(gm: GraphModule) -> PassResult:
     """Replace every softmax in ``gm``, in place; say whether there was one."""
-    return lower_by_rules(gm, RULES)
+    return lower_by_rules(gm, {**RULES, bicompile.softmax_statistics.default: _of_narrow})

@@ -197,6 +197,16 @@ def powers_of(xs, shift, FAST: tl.constexpr):
     return powers
 
 
+@triton.jit
+def store_last(shift_ptr, sum_ptr, rows, shift, total, live, LSE: tl.constexpr):
+    """Write the log-sum-exp of ``rows`` if LSE, else what was subtracted and the logarithm of the sum of the rest."""
+    if LSE:
+        tl.store(sum_ptr + rows, (tl.log(total) + shift).to(sum_ptr.dtype.element_ty), mask=live)
+    else:
+        tl.store(shift_ptr + rows, shift, mask=live)
+        tl.store(sum_ptr + rows, tl.log(total), mask=live)
+
+
 @triton.jit(do_not_specialize=FOLLOWS_BATCH)
 def powers_kernel(
     x_ptr,
@@ -218,7 +228,7 @@ def powers_kernel(
     TWO_ROWS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Largest element and sum of exponentials of one section of ROWS dense rows; if LAST, the log-sum-exp instead."""
+    """Largest element and sum of exponentials of one section of ROWS dense rows; if LAST, see ``store_last``."""
     pid = tl.program_id(0).to(tl.int64)
     section = pid % sections
     rows = pid // sections * ROWS + tl.arange(0, ROWS)
@@ -231,7 +241,7 @@ def powers_kernel(
     total = fold_chunks(powers_of(xs, shift, FAST), "add", ROWS, LANES)
     live = rows < num_rows
     if LAST:
-        tl.store(sum_ptr + rows, (tl.log(total) + shift).to(sum_ptr.dtype.element_ty), mask=live)
+        store_last(top_ptr, sum_ptr, rows, shift, total, live, LSE)
     else:
         tl.store(top_ptr + rows * sections + section, top, mask=live)
         tl.store(sum_ptr + rows * sections + section, total, mask=live)
@@ -283,7 +293,7 @@ def _merge_powers_kernel(
     top, shift, total = merged_powers(top_ptr, sum_ptr, first, parts - part, LSE, FAST, LANES, CHUNKS)
     to = pid + tl.arange(0, 1)
     if LAST:
-        tl.store(out_sum_ptr + to, (tl.log(total) + shift).to(out_sum_ptr.dtype.element_ty))
+        store_last(out_top_ptr, out_sum_ptr, to, shift, total, to >= 0, LSE)
     else:
         tl.store(out_top_ptr + to, top)
         tl.store(out_sum_ptr + to, total)
@@ -383,17 +393,18 @@ def moments(at: Rows | Columns, compute: torch.dtype, last: tuple[str, float] | 
     return Statistics(first, merges, sizes, compute, at.device), parts
 
 
-def powers(at: Rows, compute: torch.dtype, lse: bool, fast: bool) -> tuple[Statistics, int]:
+def powers(at: Rows, compute: torch.dtype, last: str, fast: bool) -> tuple[Statistics, int]:
     """Largest element and sum of exponentials of dense rows, and of how many parts of a row, see ``moments``.
 
-    With ``lse``, the log-sum-exp of one part, and nothing in place of the largest element.
+    With ``last``, of one part: ``lse``, its log-sum-exp, and nothing in place of the largest element; ``log``, what was
+    subtracted from its elements, and the logarithm of the sum.
     """
-    whole = Cut.of(at.cols.count, compute).whole
-    launch, cut = section_launch(powers_kernel, at, compute, (lse, lse and whole, fast))
+    whole, lse = Cut.of(at.cols.count, compute).whole, last == "lse"
+    launch, cut = section_launch(powers_kernel, at, compute, (lse, last != "" and whole, fast))
     parts, merges, sizes, index = cut.sections, list[Launch](), [at.rows.count * cut.sections], at.device.index
-    while parts > (1 if lse else MERGED_ON_THE_WAY):
+    while parts > (1 if last else MERGED_ON_THE_WAY):
         cut = Cut.of(parts, compute)
-        constants = (lse, lse and cut.whole, fast, cut.lanes, cut.chunks)
+        constants = (lse, last != "" and cut.whole, fast, cut.lanes, cut.chunks)
         grid = (at.rows.count * cut.sections,)
         merges.append(
             Launch(_merge_powers_kernel, grid, (parts, cut.sections), constants, 1 if cut.lanes <= 128 else 8)
@@ -453,7 +464,7 @@ def _plan_logsumexp(x: Tensor, dims: set[int]) -> Callable[[Tensor, Tensor], Non
     require_rows(x.device)
     at, prepare = _rows_of(x, dims, columns=False)
     assert isinstance(at, Rows)
-    step, _ = powers(at, compute_dtype(x.dtype), lse=True, fast=False)
+    step, _ = powers(at, compute_dtype(x.dtype), last="lse", fast=False)
     return lambda x, out: step(prepare(x), (out, out)) and None
 
 

@@ -32,5 +32,6 @@ def aot_cases() -> Iterator[Compilation]:
                 name = f"{'log_' * log}softmax of {shape[0]}x{shape[1]} in {str(dtype).removeprefix('torch.')}"
                 yield from recorded(name, gpu.softmax, x, 1, log, dtype)
                 yield from recorded(f"gradient of {name}", gpu.softmax_backward, x, x, 1, log, dtype)
+            yield from recorded(f"statistics of {name}", gpu.softmax_statistics, x, 1)
     x = torch.empty(64, 512, device="meta")
     yield from recorded("safe softmax", gpu.softmax, x, 1, False, torch.float32, True)

@@ -1,5 +1,5 @@
 // Softmax and log-softmax over any dim, and their gradients: sums in the order of reduction/block.h, the rest pointwise.
-#include "../reduction/programs.h"
+#include "../reduction/reduce.h"
 #include "../reduction/slices.h"
 
 namespace bicompile {
@@ -45,6 +45,18 @@ struct LogSoftmax {
   }
 };
 
+// What LogSoftmax subtracts: the largest element, or 0 for -inf, and the logarithm of the sum.
+struct Statistics {
+  static constexpr int kOutputs = 2, kCost = 10;
+  template <class S, class Walk, class X>
+  BICOMPILE_INLINE void operator()(const Walk& walk, const X& x, Block<S>* r) const {
+    const Block<S> max = largest<S>(walk, x), low = block_of(-std::numeric_limits<S>::infinity());
+    auto power = [&](int64_t k, int count) BICOMPILE_LAMBDA { return exp(x(k, count) - r[0]); };
+    r[0] = where_equal(max, low, block_of(S(0)), max);
+    r[1] = log(walk.fold(Add{}, S(0), power));
+  }
+};
+
 // y * (g - sum(g * y)), the inputs being g and y.
 struct SoftmaxBackward {
   static constexpr int kCost = 3;
@@ -79,6 +91,15 @@ Tensor softmax(const Tensor& x, int64_t dim, bool log, ScalarType dtype, bool sa
   return log ? run(LogSoftmax{}) : safe ? run(Softmax<true>{}) : run(Softmax<false>{});
 }
 
+std::tuple<Tensor, Tensor> softmax_statistics(const Tensor& x, int64_t dim) {
+  const char* op = "softmax_statistics";
+  check_floating(op, "x", x.scalar_type());
+  const bool in_double = computes_in_double(x.scalar_type());
+  const Plan plan = plan_reduction(op, x, {checked_dim(op, dim, x.dim())}, false);
+  auto r = reduce(op, x, plan, in_double ? ScalarType::Double : ScalarType::Float, Statistics{});
+  return {r[0], r[1]};
+}
+
 Tensor softmax_backward(const Tensor& grad, const Tensor& y, int64_t dim, bool log, ScalarType dtype) {
   check_floating("softmax_backward", "grad", grad.scalar_type());
   check_floating("softmax_backward", "y", y.scalar_type());
@@ -98,6 +119,7 @@ Tensor softmax_backward(const Tensor& grad, const Tensor& y, int64_t dim, bool l
 STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
   m.impl("softmax", TORCH_BOX(&softmax));
   m.impl("softmax_backward", TORCH_BOX(&softmax_backward));
+  m.impl("softmax_statistics", TORCH_BOX(&softmax_statistics));
 }
 
 }  // namespace bicompile

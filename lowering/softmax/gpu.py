@@ -35,6 +35,7 @@ from bicompile.lowering.gpu.selftest import require_rows
 from bicompile.lowering.reduction.gpu import FOLLOWS_BATCH, Fold, Rows, fold_rows
 from bicompile.lowering.reduction.gpu_statistics import (
     MERGED_ON_THE_WAY,
+    Pair,
     dense_rows,
     merge_powers,
     merged_powers,
@@ -42,7 +43,7 @@ from bicompile.lowering.reduction.gpu_statistics import (
     powers_of,
     shift_of,
 )
-from bicompile.lowering.reduction.op import canonical_dim, check_floating
+from bicompile.lowering.reduction.op import canonical_dim, check_floating, reduced_shape
 from bicompile.lowering.reduction.schedule import long_row_warps_for, row_schedule_for
 
 
@@ -321,7 +322,7 @@ def _softmax_by_section(
 ) -> Callable[[Tensor, Tensor], None]:
     fast, index = _is_fast(dtype), at.device.index
     cut = Cut.of(at.cols.count, compute)
-    statistics, parts = (None, 1) if cut.whole else powers(at, compute, lse=False, fast=fast)
+    statistics, parts = (None, 1) if cut.whole else powers(at, compute, last="", fast=fast)
     chosen = row_schedule_for(at.rows.count, cut.lanes, cut.chunks, cut.sections)
     launch = Launch(
         _softmax_kernel,
@@ -429,6 +430,30 @@ def softmax(x: Tensor, dim: int, log: bool, dtype: torch.dtype, safe: bool = Fal
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=dtype, device=x.device)
     return _along(dim, lambda x: _softmax_rows(x, log, dtype, safe), x)
+
+
+@on_device
+def _statistics_of_rows(x: Tensor, shift: Tensor, log_total: Tensor) -> None:
+    x = _dense(x)
+    planned(("softmax_statistics", key_of(x)), lambda: _plan_statistics(x))(x, (shift, log_total))
+
+
+def _plan_statistics(x: Tensor) -> Callable[[Tensor, Pair], Pair]:
+    require_rows(x.device)
+    return powers(_rows(x), compute_dtype(x.dtype), last="log", fast=False)[0]
+
+
+def softmax_statistics(x: Tensor, dim: int) -> Pair:
+    """The two numbers that a log-softmax over ``dim`` subtracts from each row, one after the other."""
+    check_floating("softmax_statistics", "x", x.dtype)
+    shape = reduced_shape("softmax_statistics", x, [dim], False)
+    shift, log_total = (torch.empty(shape, dtype=compute_dtype(x.dtype), device=x.device) for _ in range(2))
+    if x.numel():
+        _statistics_of_rows(x.movedim(dim, -1) if x.dim() else x.reshape(1), shift, log_total)
+    else:
+        shift.zero_()
+        log_total.fill_(float("-inf"))
+    return shift, log_total
 
 
 @on_device

@@ -3,6 +3,8 @@
 ``x`` is converted to the type that ``dtype`` computes in (float64 for itself, float32 for the others); the result is
 rounded once to ``dtype``.  A row of nothing but ``-inf`` gives NaN, as in torch, or zeros if ``safe``.
 
+``softmax_statistics`` are the two numbers of each row that a log-softmax is: ``(x - shift) - log_total``, bit for bit.
+
 Numerics: the row's exact maximum is subtracted, sums have the order of ``order.py``, every operation is rounded.
 """
 
@@ -11,12 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bicompile.lowering.reduction.op import canonical_dim, check_floating
+from bicompile.lowering.reduction.op import canonical_dim, check_floating, reduced_shape
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 _LIB = torch.library.Library("bicompile", "FRAGMENT")
 _LIB.define("softmax(Tensor x, int dim, bool log, ScalarType dtype, bool safe=False) -> Tensor", tags=_TAGS)
+_LIB.define("softmax_statistics(Tensor x, int dim) -> (Tensor shift, Tensor log_total)", tags=_TAGS)
 _LIB.define("softmax_backward(Tensor grad, Tensor y, int dim, bool log, ScalarType dtype) -> Tensor", tags=_TAGS)
 
 
@@ -29,6 +32,13 @@ def _(x: Tensor, dim: int, log: bool, dtype: torch.dtype, safe: bool = False) ->
     )
     canonical_dim("softmax", dim, x.dim())
     return x.new_empty(x.shape, dtype=dtype)
+
+
+@torch.library.register_fake("bicompile::softmax_statistics", lib=_LIB)
+def _(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    check_floating("softmax_statistics", "x", x.dtype)
+    shape, dtype = reduced_shape("softmax_statistics", x, [dim], False), statistics_dtype(x.dtype)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
 @torch.library.register_fake("bicompile::softmax_backward", lib=_LIB)
@@ -47,6 +57,11 @@ def _(grad: Tensor, y: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tenso
     return y.new_empty(y.shape, dtype=dtype)
 
 
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What ``dtype`` is computed in, and statistics are kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _softmax_cuda(x: Tensor, dim: int, log: bool, dtype: torch.dtype, safe: bool = False) -> Tensor:
     from .gpu import softmax  # late: importing the op must not import triton
 
@@ -59,5 +74,12 @@ def _softmax_backward_cuda(grad: Tensor, y: Tensor, dim: int, log: bool, dtype: 
     return softmax_backward(grad, y, dim, log, dtype)
 
 
+def _softmax_statistics_cuda(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    from .gpu import softmax_statistics
+
+    return softmax_statistics(x, dim)
+
+
 _LIB.impl("softmax", _softmax_cuda, "CUDA")
+_LIB.impl("softmax_statistics", _softmax_statistics_cuda, "CUDA")
 _LIB.impl("softmax_backward", _softmax_backward_cuda, "CUDA")

@@ -40,3 +40,11 @@ def softmax_backward(grad: Tensor, y: Tensor, dim: int, log_: bool, dtype: torch
     g, rows = _rows(grad, dim, compute), _rows(y, dim, compute)
     result = g - exp(rows) * fold(g) if log_ else rows * (g - fold(g * rows))
     return _back(result, y, dim, dtype)
+
+
+def softmax_statistics(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    rows = _rows(x, dim, order_for(0, x.dtype).compute)
+    top = largest(rows)
+    shift = torch.where(top == -math.inf, 0.0, top)
+    shape = x.shape[:dim] + x.shape[dim + 1 :] if dim >= 0 else x.movedim(dim, -1).shape[:-1]
+    return shift.reshape(shape), log(fold(exp(rows - shift))).reshape(shape)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import bicompile
 import bicompile.lowering.softmax.op  # noqa: F401 (registers the ops)
 from bicompile.lowering.gpu import launch
 from bicompile.lowering.gpu.admission import equal_bits
@@ -117,6 +120,34 @@ def test_small_probabilities_are_accurate():
     exact = torch.softmax(x.double(), 1)
     error = ((ops.softmax(x, 1, False, x.dtype).double() - exact).abs() / exact).max().item()
     assert error < 6e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [50, 9000, 600_000])
+def test_statistics_are_what_a_log_softmax_subtracts(n: int, dtype: torch.dtype):
+    x = drawn((5, n), dtype)
+    for y, dim in ((x, 1), (x.T, 0), (x.T.contiguous(), 0)):
+        shift, log_total = (t.unsqueeze(dim) for t in ops.softmax_statistics(y, dim))
+        assert equal_bits((y.to(shift.dtype) - shift) - log_total, ops.softmax(y, dim, True, shift.dtype))
+
+
+def test_cross_entropy_has_the_same_bits_compiled_and_not_and_rows_keep_theirs():
+    x, target = drawn((9, 5000), torch.bfloat16), torch.arange(9, device="cuda") * 500
+    target[3] = -100
+
+    def loss(x: Tensor) -> Tensor:
+        return F.cross_entropy(x.float(), target[: len(x)], reduction="none")
+
+    def gradient(fn: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(fn(x).sum(), x)[0]
+
+    compiled = torch.compile(loss, backend="batch_invariant", dynamic=True)
+    with bicompile.eager():
+        values, gradients = loss(x), gradient(loss, x)
+    assert equal_bits(compiled(x), values) and equal_bits(gradient(compiled, x), gradients)
+    assert equal_bits(compiled(x[:4]), values[:4]) and equal_bits(gradient(compiled, x[:4]), gradients[:4])
+    torch.testing.assert_close(gradients, gradient(loss, x))
 
 
 @pytest.mark.parametrize("n", [20, 9000])

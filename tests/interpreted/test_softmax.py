@@ -63,6 +63,16 @@ def test_nothing_gives_nothing():
         assert gpu.softmax_backward(x, x, 1, False, torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize(("shape", "dim"), [((3, 33), 1), ((1, 9000), 1), ((2, 7, 5), 1), ((), 0), ((2, 0), 1)])
+def test_statistics_are_what_a_log_softmax_subtracts(shape: tuple[int, ...], dim: int):
+    x = drawn(shape, torch.bfloat16)
+    shift, log_total = gpu.softmax_statistics(x, dim)
+    whole = gpu.softmax(x, dim, True, torch.float32)
+    if x.dim():
+        x, shift, log_total = x.float(), shift.unsqueeze(dim), log_total.unsqueeze(dim)
+    assert torch.equal((x - shift) - log_total, whole)
+
+
 @pytest.mark.parametrize("log", [False, True])
 def test_many_long_rows_have_the_bits_of_few(log: bool, monkeypatch: pytest.MonkeyPatch):
     x, grad = drawn((3, 9000), torch.bfloat16), drawn((3, 9000), torch.float32, 1)

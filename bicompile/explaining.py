@@ -31,13 +31,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Certificate:
 
     Args:
         fn: a function or ``nn.Module``, compiled or not.
-        args, kwargs: what it is called with.
+        args: what it is called with.
+        kwargs: the same, by name.
 
     Returns:
-        The certificate; refusals are listed in it, not raised.
-
-    Raises:
-        Whatever ``fn`` itself raises.
+        The certificate; refusals are listed in it, not raised.  What ``fn`` itself raises is raised.
     """
     fn = _uncompiled(fn)
     args, kwargs = _with_symbolic_batch((args, kwargs))

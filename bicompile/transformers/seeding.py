@@ -24,7 +24,9 @@ def seed_requests(manager: Any, *, temperature: float = 1.0, top_k: int = 0, top
 
     Args:
         manager: a ``ContinuousBatchingManager`` that has not been started, for greedy generation.
-        temperature, top_k, top_p: as for ``SeededSampler``.
+        temperature: as for ``SeededSampler``.
+        top_k: likewise.
+        top_p: likewise.
 
     Raises:
         ValueError: the manager is running or samples by itself, or a value is out of its range.

@@ -156,8 +156,8 @@ def calls(case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> d
     grad = torch.randn_like(out)
     runs["ours"] = lambda: ops.sdpa_backward(grad, q, k, v, mask, out, lse, case.causal, scale, False)
     for name in case.against:
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        result = stock(name)(*leaves, mask, case.causal)
+        leaves = leaf_q, leaf_k, leaf_v = [t.detach().requires_grad_() for t in (q, k, v)]
+        result = stock(name)(leaf_q, leaf_k, leaf_v, mask, case.causal)
         runs[name] = functools.partial(torch.autograd.grad, result, leaves, grad, retain_graph=True)
     return runs
 
@@ -171,7 +171,7 @@ def prepare(case: Case) -> None:
 
 def small(found: Sequence[Case]) -> list[Case]:
     """One case, with fewer rows, for each set of kernels that ``found`` needs."""
-    wanted = {}
+    wanted: dict[tuple[object, ...], Case] = {}
     for case in found:
         decodes = case.queries == 1
         load = case.batch * case.keys if decodes else 0

@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,7 +66,7 @@ class Case:
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """``x``, the weight as ``[K, N]``, and the bias."""
-        options = {"device": "cuda", "dtype": self.dtype}
+        options: Any = {"device": "cuda", "dtype": self.dtype}
         x = torch.randn(self.rows, self.depth, **options)
         if self.bias:
             return x, torch.randn(self.depth, self.columns, **options), torch.randn(self.columns, **options)

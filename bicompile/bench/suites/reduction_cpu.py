@@ -6,6 +6,7 @@ the same rows in their batch, bit for bit.
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,8 +57,8 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             f"layer_norm {m}x{n}",
             (m, n),
             dtype,
-            lambda x, w=weight, b=bias: ours.layer_norm.default(x, 1, w, b, 1e-5)[0],
-            lambda x, w=weight, b=bias: aten.native_layer_norm.default(x, w.shape, w, b, 1e-5)[0],
+            functools.partial(_layer_norm, weight, bias),
+            functools.partial(_stock_layer_norm, weight, bias),
         )
     for m, n in LOGITS:
         for log, stock in ((False, aten._softmax.default), (True, aten._log_softmax.default)):
@@ -66,8 +67,8 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
                 f"{'log_' * log}softmax {m}x{n}",
                 (m, n),
                 dtype,
-                lambda x, log=log: ours.softmax.default(x, -1, log, x.dtype),
-                lambda x, stock=stock: stock(x, -1, False),
+                functools.partial(_softmax, log),
+                functools.partial(_stock_softmax, stock),
             )
     for m, n in SUMS:
         for name in ("sum", "mean"):
@@ -77,14 +78,34 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
                     f"{name} of dim {dim} of {m}x{n}",
                     (m, n),
                     dtype,
-                    lambda x, name=name, dim=dim: getattr(ours, name).default(x, [dim], False, x.dtype),
-                    lambda x, name=name, dim=dim: getattr(torch, name)(x, dim),
+                    functools.partial(_sum, getattr(ours, name).default, dim),
+                    functools.partial(getattr(torch, name), dim=dim),
                     has_rows=dim == 1,
                 )
 
 
 def _mean_square(x: Tensor) -> Tensor:
     return ours.mean_square.default(x, [-1], True, torch.float32)
+
+
+def _layer_norm(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    return ours.layer_norm.default(x, 1, weight, bias, 1e-5)[0]
+
+
+def _stock_layer_norm(weight: Tensor, bias: Tensor, x: Tensor) -> Tensor:
+    return aten.native_layer_norm.default(x, weight.shape, weight, bias, 1e-5)[0]
+
+
+def _softmax(log: bool, x: Tensor) -> Tensor:
+    return ours.softmax.default(x, -1, log, x.dtype)
+
+
+def _stock_softmax(op: Callable[..., Tensor], x: Tensor) -> Tensor:
+    return op(x, -1, False)
+
+
+def _sum(op: Callable[..., Tensor], dim: int, x: Tensor) -> Tensor:
+    return op(x, [dim], False, x.dtype)
 
 
 class Measured(Suite):

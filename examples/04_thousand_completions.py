@@ -1,30 +1,62 @@
-"""Ask one question a thousand times, sampled, in batches of random size and company.  How many answers come back?
+"""Ask one question a thousand times, in batches of random size and company.  How many answers come back?
 
     python examples/04_thousand_completions.py                                  # SmolLM2 if installed, on the CPU
-    python examples/04_thousand_completions.py --device cuda --dtype bfloat16 --write
+    python examples/04_thousand_completions.py --device cuda --write --plot completions.png
 
-Every request for the question has one of a few seeds, and each seed has one right answer.  The neighbours have
-questions and seeds of their own.  Prints, for stock transformers and ``batch_invariant``, the number of different
-answers.
+Greedily there is one right answer; sampled, each request has one of a few seeds, and each seed has one right answer.
+The neighbours, who come at random, have questions and seeds of their own.  Prints how many different answers there
+were, and their first token that differed: for stock PyTorch, eager and compiled by Inductor, for Inductor's own
+batch-invariant setting where it has one (it is about Triton's kernels), and for ``batch_invariant``.
 """
 
 import argparse
 import contextlib
+import functools
 import random
 import time
-from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
+from torch._inductor import config as inductor
+from tqdm import tqdm
 from transformers import LogitsProcessorList, PreTrainedModel
 
 import bicompile
 from bicompile.bench import Report, Row
 from bicompile.demo.models import Subject, subject
+from bicompile.demo.sharing import one_graph_settings, share_layers
 from bicompile.demo.trials import NEIGHBOURS, PROMPTS
 from bicompile.sampling import SeededSampler
 
-QUESTION = PROMPTS[0]
+OURS = "batch_invariant"
+MODES = ("stock eager", "stock inductor", "inductor's batch_invariant setting", OURS)
+QUESTION = PROMPTS[1]
+"""The one of the demo's prompts to which stock PyTorch on a CPU soon gives two answers in bfloat16."""
 Request = tuple[str, int]  # a text and the seed of its answer
+
+
+@dataclass
+class Found:
+    """What came back in one mode: the different answers by seed, in the order in which they came."""
+
+    answers: dict[int, list[list[int]]] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def unique(self) -> int:
+        return sum(map(len, self.answers.values()))
+
+    @property
+    def first_divergence(self) -> int | None:
+        """The first token, counted from 1, in which an answer differs from the first one of its seed."""
+        others = ((first, other) for first, *rest in self.answers.values() for other in rest)
+        places = [next(i for i, (a, b) in enumerate(zip(*pair, strict=True), 1) if a != b) for pair in others]
+        return min(places, default=None)
+
+    def __str__(self) -> str:
+        diverged = f", the first differs at token {self.first_divergence}" if self.first_divergence else ""
+        return f"{self.unique} different answers in {self.seconds:.0f} s{diverged}"
 
 
 def batches(requests: int, seeds: int, largest: int) -> list[list[Request]]:
@@ -42,66 +74,108 @@ def batches(requests: int, seeds: int, largest: int) -> list[list[Request]]:
 
 
 @torch.inference_mode()
-def ask(model: PreTrainedModel, subject: Subject, batch: list[Request], tokens: int) -> list[tuple[int, ...]]:
-    """The sampled answers to the question, each behind its seed."""
+def ask(model: PreTrainedModel, subject: Subject, batch: list[Request], tokens: int, sampled: bool) -> list[list[int]]:
+    """The completions of ``batch``."""
     rows = [subject.encode(text) for text, _ in batch]
     width = max(map(len, rows))
     ids = torch.tensor([[subject.pad] * (width - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    sampler = SeededSampler([seed for _, seed in batch], temperature=0.8, top_p=0.95)
+    sampler = SeededSampler([seed for _, seed in batch], temperature=0.8 if sampled else 0.0, top_p=0.95)
     settings = {"max_new_tokens": tokens, "pad_token_id": subject.pad}
     out = model.generate(ids, attention_mask=mask, logits_processor=LogitsProcessorList([sampler]), **settings)
-    said = out[:, width:].tolist()
-    return [(seed, *answer) for (text, seed), answer in zip(batch, said, strict=True) if text == QUESTION]
+    return out[:, width:].tolist()
 
 
-def both(
-    model: PreTrainedModel, subject: Subject, drawn: list[list[Request]], tokens: int
-) -> tuple[list[Counter], list[float]]:
-    """How often each answer came, and the seconds it took: of stock and of ours, which take turns."""
-    counts, seconds = [Counter(), Counter()], [0.0, 0.0]
-    for batch in drawn:
-        for who, attention in enumerate(("sdpa", "batch_invariant")):
-            model.set_attn_implementation(attention)
-            start = time.perf_counter()
-            with bicompile.eager() if who else contextlib.nullcontext():
-                counts[who].update(ask(model, subject, batch, tokens))
-            seconds[who] += time.perf_counter() - start
-    return counts, seconds
+@contextlib.contextmanager
+def running(mode: str, chosen: Subject, dtype: torch.dtype, device: str) -> Iterator[PreTrainedModel]:
+    """The model as ``mode`` runs it; compiled, its layers share a graph for all batches."""
+    model = chosen.load(dtype).to(device)
+    if mode == "stock eager":
+        yield model
+        return
+    torch._dynamo.reset()
+    backend = OURS if mode == OURS else "inductor"
+    share_layers(model, functools.partial(torch.compile, backend=backend, dynamic=True))
+    own = inductor.patch(batch_invariant=True) if mode.startswith("inductor's") else contextlib.nullcontext()
+    with one_graph_settings(), own:
+        yield model
+
+
+def measure(model: PreTrainedModel, chosen: Subject, drawn: list[list[Request]], tokens: int, sampled: bool) -> Found:
+    """Ask everything once."""
+    found = Found()
+    ask(model, chosen, drawn[0][:2] * 2, 3, sampled)  # compiles
+    start = time.perf_counter()
+    for batch in tqdm(drawn, unit="batch", disable=None):
+        for (text, seed), answer in zip(batch, ask(model, chosen, batch, tokens, sampled), strict=True):
+            known = found.answers.setdefault(seed, []) if text == QUESTION else None
+            if known is not None and answer not in known:
+                known.append(answer)
+    found.seconds = time.perf_counter() - start
+    return found
+
+
+def report_of(found: dict[tuple[str, str], Found], right: dict[str, int], case: str, device: str) -> Report:
+    """The figures as a result file holds them: how many answers each mode gave, and how fast ours is next to it."""
+    report = Report("determinism", device)
+    for (way, mode), theirs in found.items():
+        ours = found[way, OURS]
+        extra = {"unique": theirs.unique, "right": right[way], "first_divergence": theirs.first_divergence}
+        extra |= {"ours_unique": ours.unique, "ours_s": ours.seconds, "theirs_s": theirs.seconds}
+        same = ours.unique == right[way]
+        report.rows.append(Row(f"{case}, {way}", mode, theirs.seconds / ours.seconds, same, extra))
+    for way in right:
+        report.summarise(f"{way}: right answers / different answers", right[way] / found[way, OURS].unique, bar=1.0)
+    return report
+
+
+def plot(found: dict[tuple[str, str], Found], right: dict[str, int], path: str) -> None:
+    """How many different answers each mode gave, beside how many there ought to be."""
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(right), figsize=(5 * len(right), 3), layout="constrained", squeeze=False)
+    for panel, way in zip(panels.flat, right, strict=True):
+        bars = {mode: result.unique for (other, mode), result in found.items() if other == way}
+        panel.bar_label(panel.barh([mode.replace(" batch", "\nbatch") for mode in bars], list(bars.values())))
+        panel.axvline(right[way], color="black", linewidth=0.8)
+        panel.set(title=f"{way}: {right[way]} right", xlabel="different answers")
+        panel.invert_yaxis()
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
-    """Ask both."""
+    """Ask in every mode."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=1000, help="how often the question is asked")
-    parser.add_argument("--seeds", type=int, default=10, help="how many seeds they have")
+    parser.add_argument("--seeds", type=int, default=10, help="how many seeds the sampled requests have")
     parser.add_argument("--largest", type=int, default=8, help="rows in the largest batch")
     parser.add_argument("--tokens", type=int, default=24, help="length of an answer")
     parser.add_argument("--model", choices=("auto", "smollm2", "random"), default="auto")
+    parser.add_argument("--modes", nargs="+", choices=MODES[:-1], default=MODES[:-1], help="beside batch_invariant")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--write", action="store_true", help="keep the result in examples/benchmarks/results")
+    parser.add_argument("--plot", metavar="FILE", help="draw the counts (needs matplotlib)")
     args = parser.parse_args()
     chosen = subject(args.model, print)
-    model = chosen.load(getattr(torch, args.dtype)).to(args.device)
-    drawn = batches(args.requests, args.seeds, args.largest)
-    asked = f"different answers to {args.requests} requests with {args.seeds} seeds"
-
-    (stock, ours), (stock_seconds, seconds) = both(model, chosen, drawn, args.tokens)
-    print(f"{'stock':>16}: {len(stock)} {asked} in {stock_seconds:.0f} s")
-    print(f"{'batch_invariant':>16}: {len(ours)} {asked} in {seconds:.0f} s")
-
+    right, found = {"greedy": 1, "sampled": args.seeds}, {}
+    for mode in (*args.modes, OURS):
+        if mode.startswith("inductor's") and not hasattr(inductor, "batch_invariant"):
+            print(f"{mode}: torch {torch.__version__} has none")
+            continue
+        with running(mode, chosen, getattr(torch, args.dtype), args.device) as model:
+            for way, seeds in right.items():
+                drawn = batches(args.requests, seeds, args.largest)
+                found[way, mode] = measure(model, chosen, drawn, args.tokens, sampled=way == "sampled")
+                print(f"{mode}, {way} ({seeds} right): {found[way, mode]}", flush=True)
     if args.write:
-        case = (
-            f"{chosen.name}, {args.dtype}, {args.requests} sampled requests of {args.tokens} tokens, {args.seeds} seeds"
-        )
-        extra = {"ours_unique": len(ours), "stock_unique": len(stock), "seeds": args.seeds, "batches": len(drawn)}
-        extra |= {"ours_s": seconds, "stock_s": stock_seconds}
-        report = Report("completions", args.device)
-        report.rows.append(Row(case, "stock transformers", stock_seconds / seconds, len(ours) == args.seeds, extra))
-        report.summarise("seeds / different answers", args.seeds / len(ours), bar=1.0)
-        print(report.write())
+        case = f"{chosen.name}, {args.dtype}, {args.requests} requests of {args.tokens} tokens"
+        print(report_of(found, right, case, args.device).write())
+    if args.plot:
+        plot(found, right, args.plot)
 
+
+assert bicompile  # registers the backend's name where the package is not installed
 
 if __name__ == "__main__":
     main()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import runpy
 from pathlib import Path
 
@@ -32,13 +34,54 @@ def test_generate_keeps_every_logit(capsys):
     assert "stock: 0 of" not in stock
 
 
-def test_sampled_requests_get_one_answer_for_each_seed(capsys, monkeypatch):
+def test_requests_get_one_answer_greedily_and_one_for_each_seed(capsys, monkeypatch, tmp_path):
     pytest.importorskip("transformers")
     few = ["--model", "random", "--requests", "8", "--seeds", "2", "--largest", "4", "--tokens", "6"]
-    monkeypatch.setattr("sys.argv", ["04_thousand_completions.py", *few])
+    plot = ["--plot", str(tmp_path / "counts.png")] if importlib.util.find_spec("matplotlib") else []
+    monkeypatch.setattr("sys.argv", ["04_thousand_completions.py", *few, "--modes", "stock eager", *plot])
     output = _output("04_thousand_completions.py", capsys)
-    assert "batch_invariant: 2 different answers to 8 requests" in output
-    assert "stock: " in output
+    assert "batch_invariant, greedy (1 right): 1 different answers" in output
+    assert "batch_invariant, sampled (2 right): 2 different answers" in output
+    assert "stock eager, sampled" in output
+    assert not plot or (tmp_path / "counts.png").stat().st_size > 1000
+
+
+def test_answers_that_differ_are_counted_and_placed():
+    found = runpy.run_path(str(EXAMPLES / "04_thousand_completions.py"))["Found"]
+    assert found({0: [[5, 6, 7]], 1: [[1, 2, 3], [1, 2, 4], [1, 9, 3]]}).unique == 4
+    assert found({0: [[5, 6, 7]], 1: [[1, 2, 3], [1, 2, 4], [1, 9, 3]]}).first_divergence == 2
+    assert found({0: [[5, 6, 7]]}).first_divergence is None
+
+
+def test_any_module_is_refused_covered_or_allowed(capsys):
+    refused, covered, allowed = _output("05_any_module.py", capsys).splitlines()
+    assert refused.startswith("refused: ") and "_cdist_forward" in refused
+    assert covered.startswith("covered: every row keeps its bits")
+    assert allowed.startswith("allowed: scores of shape (9, 5)")
+
+
+def test_vision_models_keep_every_image(capsys):
+    pytest.importorskip("transformers")
+    lines = _output("06_vision.py", capsys).splitlines()
+    assert [line for line in lines if "batch_invariant: 0 of 8 images" in line] == lines[1::2]
+    assert not any("stock: 0 of" in line for line in lines[::2]) and len(lines) == 4
+
+
+def test_scores_do_not_know_the_batch_size(capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("sys.argv", ["07_evaluation.py", "--tiny", "--batch-sizes", "3", "8"])
+    stock, ours = _output("07_evaluation.py", capsys).splitlines()
+    assert "batch_invariant: 0 of 64 scores changed, 0 answers turned" in ours
+    assert "stock: 0 of" not in stock
+
+
+def test_server_gives_each_prompt_one_answer(capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    few = ["--tiny", "--clients", "12", "--seconds", "0.5", "--tokens", "8"]
+    monkeypatch.setattr("sys.argv", ["08_serving.py", *few])
+    _, ours = _output("08_serving.py", capsys).splitlines()
+    counts = re.search(r"batch_invariant: (\d+) different answers to (\d+) prompts from 12 clients", ours)
+    assert counts and counts[1] == counts[2]
 
 
 def test_trainer_computes_the_samplers_probabilities(capsys, monkeypatch):
@@ -50,5 +93,5 @@ def test_trainer_computes_the_samplers_probabilities(capsys, monkeypatch):
 
 
 def test_every_example_is_tested():
-    tested = {"01_linear.py", "02_explain.py", "03_generate.py", "04_thousand_completions.py", "on_policy_rl.py"}
-    assert {path.name for path in EXAMPLES.glob("*.py")} == tested
+    source = Path(__file__).read_text()
+    assert [path.name for path in EXAMPLES.glob("*.py") if f'_output("{path.name}"' not in source] == []

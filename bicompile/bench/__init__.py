@@ -1,5 +1,6 @@
-"""Timing and result files for the benchmarks in ``examples/benchmarks``."""
+"""Benchmarks: timing in turns, the suites, their result files, and the command that runs them."""
 
+from .command import add_command
 from .gpu_timing import gpu_interleaved
 from .results import Report, Row, device_name, device_slug
 from .timing import Comparison, Timing, compare, interleaved, rotate
@@ -9,6 +10,7 @@ __all__ = [
     "Report",
     "Row",
     "Timing",
+    "add_command",
     "compare",
     "device_name",
     "device_slug",

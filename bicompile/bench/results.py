@@ -13,7 +13,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -70,12 +70,14 @@ class Report:
         """Where :meth:`write` puts the file."""
         return RESULTS / device_slug(self.device) / f"{self.suite}.json"
 
+    def to_json(self) -> dict[str, Any]:
+        """What stands in the file."""
+        return {"meta": meta(self.device), "rows": [row.to_json() for row in self.rows], "summary": self.summary}
+
     def write(self) -> Path:
         """Write the file, replacing that of an earlier run."""
-        rows = [row.to_json() for row in self.rows]
-        body = {"meta": meta(self.device), "rows": rows, "summary": self.summary}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(body, indent=1) + "\n")
+        self.path.write_text(json.dumps(self.to_json(), indent=1) + "\n")
         return self.path
 
 
@@ -95,7 +97,7 @@ def meta(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "command": " ".join(["python", *_relative(sys.argv)]),
+        "command": _command(sys.argv),
     }
 
 
@@ -161,9 +163,11 @@ def _first_line(command: list[str]) -> str | None:
     return next(iter(done.stdout.splitlines()), None)
 
 
-def _relative(arguments: Iterable[str]) -> list[str]:
-    """Arguments with paths below the checkout said from its root."""
-    return [argument.removeprefix(f"{_ROOT}/") for argument in arguments]
+def _command(arguments: Sequence[str]) -> str:
+    """The command line, with paths below the checkout said from its root."""
+    program, *rest = (argument.removeprefix(f"{_ROOT}/") for argument in arguments)
+    is_ours = Path(program).name == "bicompile" or program.endswith("bicompile/__main__.py")
+    return " ".join(["bicompile" if is_ours else f"python {program}", *rest])
 
 
 def _short(value: Any) -> Any:

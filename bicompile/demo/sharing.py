@@ -118,7 +118,7 @@ class _SharedLayer(nn.Module):
             slot.lazy_initialization(*past)
         batch, length = hidden.shape[:2]
         if attention_mask is None:
-            attention_mask = _causal(batch, length, past[0].shape[0])
+            attention_mask = _causal(batch, length, past[0].shape[0], hidden.device)
         cos, sin = (table.expand(batch, -1, -1) for table in position_embeddings)
         for tensor, dims in ((hidden, (0, 1)), (attention_mask, (0, 2, 3)), (cos, (0, 1)), (sin, (0, 1))):
             mark_unbacked(tensor, dims)
@@ -135,9 +135,9 @@ def _time_first(heads_first: Tensor) -> Tensor:
     return time_first.reshape(-1).view(time_first.shape)
 
 
-def _causal(batch: int, length: int, past: int) -> Tensor:
+def _causal(batch: int, length: int, past: int, device: torch.device) -> Tensor:
     """The mask transformers leaves out where nothing is padded: a query sees the past and itself."""
-    visible = torch.ones(length, past + length, dtype=torch.bool).tril(past)
+    visible = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
     return visible.repeat(batch, 1, 1, 1)
 
 
@@ -164,6 +164,6 @@ class _RotaryTable(nn.Module):
 
     def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         if self.tables is None:
-            cos, sin = self.run(self.rotary, hidden[:1, :1], torch.arange(MAX_POSITIONS)[None])
+            cos, sin = self.run(self.rotary, hidden[:1, :1], torch.arange(MAX_POSITIONS, device=hidden.device)[None])
             self.tables = cos[0], sin[0]
         return self.tables[0][position_ids], self.tables[1][position_ids]

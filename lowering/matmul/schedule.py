@@ -209,7 +209,7 @@ def preferences(problem: Problem, table: Table, num_sms: int) -> list[Schedule]:
 _FEW_ROWS = 64
 _LOOSE = TileSchedule(16, 32, 256, warps=4, stages=4, swap=True)
 _BUSY = 60
-"""Programs that are enough to read memory at full speed (an H100, ``bench_matmul_gpu.py``, 2026-11-25)."""
+"""Programs that are enough to read memory at full speed (an H100, ``bicompile bench matmul``, 2026-11-25)."""
 _WAITING = 1.15
 """What storing a tile before the next one is loaded costs (an H100, products of K = 768, 2026-11-25)."""
 _ROOM = 227 << 10

@@ -1,37 +1,29 @@
 """How fast is batch-invariant attention on this GPU, next to torch's own?
 
-    python examples/benchmarks/bench_attention_gpu.py               # a minute; rewrites results/<device>/attention.json
-    python examples/benchmarks/bench_attention_gpu.py --seconds 20  # as many cases as fit
-    python examples/benchmarks/bench_attention_gpu.py --quick       # fewer sizes; writes nothing
-
-Prints one line for each case: medians of calls that took turns, with a cold L2 cache, and the ratio of their times
-(above 1: we are faster).  Before a case is timed, its values are checked against torch's, and its rows for the same
-bits alone and in the batch, and one query at a time and all at once.  ``TF`` are TFLOP/s, a causal mask counted as
-half the products.  Decoding reads keys and values as a cache holds them, [batch, heads, keys, depth].
+Medians of calls that took turns, with a cold L2 cache.  Before a case is timed, its values are checked against
+torch's, and its rows for the same bits alone and in the batch, and one query at a time and all at once.  TFLOP/s count
+a causal mask as half the products.  Decoding reads keys and values as a cache holds them, [batch, heads, keys, depth].
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import math
 import multiprocessing
-import sys
-import time
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a bare checkout
+import bicompile.lowering.attention.op  # noqa: F401  registers the ops
+from bicompile.testing import same_bits
 
-import bicompile.lowering.attention.op  # noqa: E402, F401  registers the ops
-from bicompile.bench import Report, Row, gpu_interleaved  # noqa: E402
-from bicompile.testing import same_bits  # noqa: E402
+from ..results import Report, Row
+from ..suite import Suite
 
 FLASH, CUDNN, DEFAULT = "FlashAttention", "cuDNN", "default"
 BACKENDS = {FLASH: [SDPBackend.FLASH_ATTENTION], CUDNN: [SDPBackend.CUDNN_ATTENTION], DEFAULT: None}
@@ -164,8 +156,8 @@ def calls(case: Case, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> d
     grad = torch.randn_like(out)
     runs["ours"] = lambda: ops.sdpa_backward(grad, q, k, v, mask, out, lse, case.causal, scale, False)
     for name in case.against:
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        result = stock(name)(*leaves, mask, case.causal)
+        leaves = leaf_q, leaf_k, leaf_v = [t.detach().requires_grad_() for t in (q, k, v)]
+        result = stock(name)(leaf_q, leaf_k, leaf_v, mask, case.causal)
         runs[name] = functools.partial(torch.autograd.grad, result, leaves, grad, retain_graph=True)
     return runs
 
@@ -177,34 +169,15 @@ def prepare(case: Case) -> None:
     torch.cuda.synchronize()
 
 
-def small(found: list[Case]) -> list[Case]:
+def small(found: Sequence[Case]) -> list[Case]:
     """One case, with fewer rows, for each set of kernels that ``found`` needs."""
-    wanted = {}
+    wanted: dict[tuple[object, ...], Case] = {}
     for case in found:
         decodes = case.queries == 1
         load = case.batch * case.keys if decodes else 0
         few = case if decodes and load <= 65536 else replace(case, batch=1, queries=1 if decodes else 512, keys=512)
         wanted.setdefault((few.group, few.depth, few.masked, few.batch * few.keys), few)
     return list(wanted.values())
-
-
-def measure(case: Case, ms: float) -> list[Row]:
-    """Check one case, then time it: one row for each of torch's backends."""
-    operands = case.operands()
-    same = check(case, *operands)
-    timings = gpu_interleaved(calls(case, *operands), ms=ms)
-    us = timings["ours"].median_us
-    rate = (
-        {"ours_tb_s": case.terabytes() / us * 1e6}
-        if case.queries == 1
-        else {"ours_tflops": case.teraflops() / us * 1e6}
-    )
-    rows = []
-    for name in case.against:
-        theirs = timings[name].median_us
-        extra = {"group": case.group, "ours_us": us, "theirs_us": theirs, **rate}
-        rows.append(Row(str(case), f"torch SDPA ({name})", theirs / us, same, extra))
-    return rows
 
 
 HEADLINES = (
@@ -218,46 +191,45 @@ HEADLINES = (
 """Name, group and backend of each headline figure, and its bar."""
 
 
-def summarise(report: Report) -> None:
-    """The headline figures and their bars, of the cases that were measured."""
-    for name, group, against, bar in HEADLINES:
-        ratios = [r.ratio for r in report.rows if r.extra["group"] == group and f"({against})" in r.against]
-        if ratios:
-            report.summarise(f"{name}: lowest", min(ratios), bar)
-            report.summarise(f"{name}: geometric mean", math.exp(sum(map(math.log, ratios)) / len(ratios)))
-    report.summarise("same bits: share of cases", sum(bool(r.same_bits) for r in report.rows) / len(report.rows), 1.0)
+class Measured(Suite):
+    """Prefill, decode and backward against torch's backends."""
 
+    name = "attention"
+    case_seconds = 0.02
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer sizes, and no result file")
-    parser.add_argument("--ms", type=float, default=20.0, help="milliseconds of calls for each case")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start no case after this many")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    wanted = cases(arguments.quick)
-    with multiprocessing.get_context("spawn").Pool(8) as pool:
-        pool.map(prepare, small(wanted), chunksize=1)
-    report, start = Report("attention", "cuda"), time.monotonic()
-    print(f"{'case':62} {'against':28} {'ours us':>9} {'torch us':>9} {'ratio':>6}  same bits")
-    for case in wanted:
-        if time.monotonic() - start > arguments.seconds:
-            break
-        for row in measure(case, arguments.ms):
-            report.rows.append(row)
-            times = f"{row.extra['ours_us']:9.1f} {row.extra['theirs_us']:9.1f} {row.ratio:6.2f}"
-            print(f"{row.case:62} {row.against:28} {times}  {'yes' if row.same_bits else 'NO'}", flush=True)
-        report.summary.clear()
-        summarise(report)
-        if not arguments.quick:  # after every case, so that a run that is cut off leaves what it measured
-            report.write()
-    for name, entry in report.summary.items():
-        bar = "" if entry["bar"] is None else f"   (bar {entry['bar']})"
-        print(f"{name:48} {entry['value']:.3f}{bar}")
-    if not arguments.quick:
-        print(f"written: {report.path}")
-    return 0 if all(row.same_bits for row in report.rows) else 1
+    def cases(self) -> Sequence[Case]:
+        """Everything that is timed, the headline first."""
+        return cases(self.settings.quick)
 
+    @contextmanager
+    def ready(self, cases: Sequence[Case]) -> Iterator[None]:
+        """Kernels are compiled and admitted beforehand."""
+        with multiprocessing.get_context("spawn").Pool(8) as pool:
+            pool.map(prepare, small(cases), chunksize=1)
+        yield
 
-if __name__ == "__main__":
-    sys.exit(main())
+    def measure(self, case: Case) -> list[Row]:
+        """Check one case, then time it: one row for each of torch's backends."""
+        operands = case.operands()
+        same = check(case, *operands)
+        timings = self.in_turns(calls(case, *operands), rounds=200)
+        us = timings["ours"].median_us
+        decodes = case.queries == 1
+        rate = ("ours_tb_s", case.terabytes()) if decodes else ("ours_tflops", case.teraflops())
+        rows = []
+        for name in case.against:
+            theirs = timings[name].median_us
+            extra = {"group": case.group, "ours_us": us, "theirs_us": theirs, rate[0]: rate[1] / us * 1e6}
+            rows.append(Row(str(case), f"torch SDPA ({name})", theirs / us, same, extra))
+        return rows
+
+    def summarise(self, report: Report) -> None:
+        """The headline figures and their bars, of the cases that were measured."""
+        for name, group, against, bar in HEADLINES:
+            ratios = [r.ratio for r in report.rows if r.extra["group"] == group and f"({against})" in r.against]
+            if ratios:
+                report.summarise(f"{name}: lowest", min(ratios), bar)
+                report.summarise(f"{name}: geometric mean", statistics.geometric_mean(ratios))
+        report.summarise(
+            "same bits: share of cases", sum(bool(r.same_bits) for r in report.rows) / len(report.rows), 1.0
+        )

@@ -1,18 +1,16 @@
 """What does batch-invariant attention cost, next to PyTorch's own on the CPU?
 
-    python examples/benchmarks/bench_attention.py [--threads 2] [--seconds 0.5] [--no-write]
-
-Prints, and writes to ``results/<device>/attention.json``, the time of ``F.scaled_dot_product_attention`` over that of
-``bicompile::sdpa`` as a compiled graph calls it: above 1 we are faster.  9 query heads over 3 key heads of depth 64,
-the shape of SmolLM2-135M.  Calls take turns, and operands rotate, so that none of them is in the L2 cache yet.
+``F.scaled_dot_product_attention`` against ``bicompile::sdpa`` as a compiled graph calls it: 9 query heads over 3 key
+heads of depth 64, the shape of SmolLM2-135M.  Calls take turns, and operands rotate, so that none of them is in the L2
+cache yet.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bicompile.lowering.attention.op  # noqa: F401 (registers bicompile::sdpa)
-from bicompile.bench import Report, Row, compare, rotate
 from bicompile.testing import same_bits
+
+from ..results import Report, Row
+from ..suite import Suite
+from ..timing import Comparison, rotate
 
 HEADS, KV_HEADS, DEPTH = 9, 3, 64
 PREFILL = ((1, 128), (1, 512), (1, 2048), (4, 512))
@@ -41,8 +42,7 @@ class Case:
     keys: int
     masked: bool = False
 
-    @property
-    def name(self) -> str:
+    def __str__(self) -> str:
         mask = " bool mask" if self.masked else ""
         return f"{self.kind} {self.dtype_name} B={self.batch} L={self.queries} S={self.keys}{mask}"
 
@@ -72,7 +72,7 @@ class Case:
         wide = torch.float64 if self.dtype == torch.float32 else torch.float32
         truth = self.theirs(q.to(wide), k.to(wide), v.to(wide), mask)
         ours, theirs = ((f(q, k, v, mask).to(wide) - truth).norm().item() for f in (self.ours, self.theirs))
-        assert ours <= 2 * theirs, f"{self.name}: error {ours}, that of torch {theirs}"
+        assert ours <= 2 * theirs, f"{self}: error {ours}, that of torch {theirs}"
 
     def first_row_keeps_its_bits(self) -> bool:
         """Whether the first sequence of a batch has the bits that it has alone."""
@@ -81,52 +81,50 @@ class Case:
         return same_bits(self.ours(q, k, v, mask)[:1], alone)
 
 
-def cases() -> Iterator[Case]:
-    """Prefill, then decode with and without a mask, in every dtype."""
+def cases(quick: bool) -> Iterator[Case]:
+    """Prefill, then decode with and without a mask, in every dtype; or a few small ones."""
     for dtype in DTYPES:
-        for batch, length in PREFILL:
+        for batch, length in PREFILL[:1] if quick else PREFILL:
             yield Case("prefill", dtype, batch, length, length)
-        for batch in BATCHES:
-            for keys in KEYS:
+        for batch in BATCHES[:1] if quick else BATCHES:
+            for keys in KEYS[:2] if quick else KEYS:
                 yield Case("decode", dtype, batch, 1, keys)
                 yield Case("decode", dtype, batch, 1, keys, masked=True)
 
 
-def measure(case: Case, seconds: float) -> Row:
-    """Check the values, then time the two in turns."""
-    first = case.arguments(case.batch)
-    case.check(*first)
-    size = sum(t.numel() * t.element_size() for t in first[:3])
-    sets = [first, *(case.arguments(case.batch) for _ in range(min(math.ceil(L2_BYTES / size), 15)))]
-    found = compare(rotate(case.ours, sets), rotate(case.theirs, sets), seconds=seconds)
-    low, high = found.ratio_spread
-    extra = {"ours_us": found.ours.median_us, "theirs_us": found.theirs.median_us, "ratio_low": low, "ratio_high": high}
-    return Row(case.name, "F.scaled_dot_product_attention", found.ratio, case.first_row_keeps_its_bits(), extra)
+class Measured(Suite):
+    """Prefill and decode against PyTorch's own."""
 
+    name = "attention"
+    case_seconds = 0.5
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=0.5, help="time for each case")
-    parser.add_argument("--no-write", action="store_true", help="print only")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    report, groups = Report("attention"), dict[str, list[float]]()
-    with torch.inference_mode():
-        for case in cases():
-            row = measure(case, options.seconds)
-            report.rows.append(row)
-            groups.setdefault(f"{case.kind} {case.dtype_name}", []).append(row.ratio)
-            times = f"{row.extra['ours_us']:9.0f} us, stock {row.extra['theirs_us']:9.0f} us"
-            print(f"{row.case:44s} {times}, ratio {row.ratio:5.2f}, same bits: {row.same_bits}", flush=True)
-    for name, ratios in groups.items():
-        report.summarise(f"{name}, geometric mean", statistics.geometric_mean(ratios), bar=1.0)
-        report.summarise(f"{name}, worst", min(ratios))
-    for name, entry in report.summary.items():
-        print(f"{name}: {entry['value']}")
-    if not options.no_write:
-        print(f"wrote {report.write()}")
+    def cases(self) -> Sequence[Case]:
+        return list(cases(self.settings.quick))
 
+    @contextmanager
+    def ready(self, cases: Sequence[Case]) -> Iterator[None]:
+        with torch.inference_mode():
+            yield
 
-if __name__ == "__main__":
-    main()
+    def measure(self, case: Case) -> list[Row]:
+        """Check the values, then time the two in turns."""
+        first = case.arguments(case.batch)
+        case.check(*first)
+        size = sum(t.numel() * t.element_size() for t in first[:3])
+        sets = [first, *(case.arguments(case.batch) for _ in range(min(math.ceil(L2_BYTES / size), 15)))]
+        timings = self.in_turns({"ours": rotate(case.ours, sets), "theirs": rotate(case.theirs, sets)}, rounds=15)
+        found = Comparison(**timings)
+        low, high = found.ratio_spread
+        extra = {"group": f"{case.kind} {case.dtype_name}", "ours_us": found.ours.median_us}
+        extra |= {"theirs_us": found.theirs.median_us, "ratio_low": low, "ratio_high": high}
+        same = case.first_row_keeps_its_bits()
+        return [Row(str(case), "F.scaled_dot_product_attention", found.ratio, same, extra)]
+
+    def summarise(self, report: Report) -> None:
+        """Geometric mean and worst case of prefill and decode in each dtype."""
+        groups: dict[str, list[float]] = {}
+        for row in report.rows:
+            groups.setdefault(row.extra["group"], []).append(row.ratio)
+        for name, ratios in groups.items():
+            report.summarise(f"{name}, geometric mean", statistics.geometric_mean(ratios), bar=1.0)
+            report.summarise(f"{name}, worst", min(ratios))

@@ -1,0 +1,117 @@
+"""What does batch invariance cost a whole language model on the CPU?
+
+SmolLM2-135M, whose layers share their compiled graphs: tokens per second of stock PyTorch and of ``batch_invariant``
+in one decode step and one prefill, in fp32 against stock ``torch.compile``, in bf16 against stock eager.  Also what a
+lowered call costs beyond its kernel next to Inductor's own extern call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bicompile.testing import same_bits
+
+from ..results import Report, Row
+from ..suite import Settings, Suite
+from ..timing import compare
+from .smollm import COMPILERS, PREFILL, compiled, decode, one_graph_for_all_layers, prefill, stock
+
+BATCHES = (1, 4, 8)
+BASELINES = {torch.float32: "inductor", torch.bfloat16: "eager"}
+OVERHEAD = "20 products of 8x8 in one graph"
+CALLS = {"decode": decode, "prefill": prefill}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of the model, of ``batch`` sequences."""
+
+    kind: str
+    dtype: torch.dtype
+    batch: int
+
+    @property
+    def group(self) -> str:
+        """What is summarised together."""
+        return f"{self.kind} {str(self.dtype).removeprefix('torch.')}"
+
+    def __str__(self) -> str:
+        return f"{self.group} B={self.batch}"
+
+
+class Measured(Suite):
+    """Decode and prefill against Inductor and eager."""
+
+    name = "model"
+    case_seconds = 60.0
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.models: dict[torch.dtype, tuple[Any, Any]] = {}
+
+    def cases(self) -> Sequence[Case | str]:
+        """The overhead of a call, then the model's, dtype by dtype."""
+        batches = BATCHES[:2] if self.settings.quick else BATCHES
+        return [OVERHEAD, *(Case(kind, dtype, batch) for dtype in BASELINES for kind in CALLS for batch in batches)]
+
+    def ready(self, cases: Sequence[Case | str]) -> AbstractContextManager[object]:
+        """Dynamo's settings."""
+        return one_graph_for_all_layers()
+
+    def measure(self, case: Case | str) -> list[Row]:
+        """Time one call, in turns."""
+        return [self._overhead() if isinstance(case, str) else self._call(case)]
+
+    def _call(self, case: Case) -> Row:
+        against = BASELINES[case.dtype]
+        ours, theirs = self._models(case.dtype)
+        make = CALLS[case.kind]
+        seconds = self.seconds / 4 if case.kind == "decode" else self.seconds
+        found = compare(make(ours, case.batch), make(theirs, case.batch), seconds=seconds, rounds=11)
+        tokens = case.batch * (1 if case.kind == "decode" else PREFILL)
+        extra = {"group": case.group, "batch": case.batch}
+        extra |= {"ours_tokens_per_s": tokens * 1e6 / found.ours.median_us}
+        extra |= {"theirs_tokens_per_s": tokens * 1e6 / found.theirs.median_us}
+        same = same_bits(make(ours, case.batch)()[:1], make(ours, case.batch, rows=1)())
+        return Row(str(case), against, found.ratio, same, extra)
+
+    def _models(self, dtype: torch.dtype) -> tuple[Any, Any]:
+        """Ours and the baseline; those of another dtype are let go."""
+        if dtype not in self.models:
+            quick, against = self.settings.quick, BASELINES[dtype]
+            theirs = compiled(dtype, against, quick) if against in COMPILERS else stock(dtype, quick)
+            self.models = {dtype: (compiled(dtype, "batch_invariant", quick), theirs)}
+        return self.models[dtype]
+
+    def _overhead(self) -> Row:
+        """Twenty tiny products in a chain: nearly all of their time is the way into the kernel."""
+        weights = [torch.randn(8, 8) for _ in range(20)]
+
+        def chain(x: Tensor) -> Tensor:
+            for weight in weights:
+                x = x @ weight
+            return x
+
+        x = torch.randn(8, 8)
+        ours, theirs = (torch.compile(chain, backend=backend) for backend in COMPILERS)
+        found = compare(lambda: ours(x), lambda: theirs(x), seconds=2.0)
+        extra = {"ours_us": found.ours.median_us, "theirs_us": found.theirs.median_us}
+        return Row(OVERHEAD, "inductor", found.ratio, extra=extra)
+
+    def summarise(self, report: Report) -> None:
+        """The worst batch size of each kind and dtype, and the overhead."""
+        groups: dict[str, list[float]] = {}
+        for row in report.rows:
+            if row.case == OVERHEAD:
+                report.summarise("call overhead: inductor's / ours (at least 1/2)", row.ratio, 0.5)
+            else:
+                groups.setdefault(f"{row.extra['group']} / {row.against}", []).append(row.ratio)
+        for name, ratios in groups.items():
+            bar = 0.95 if name.endswith("inductor") else (2.0 if name.startswith("prefill") else None)
+            report.summarise(f"{name}, worst batch size", min(ratios), bar)

@@ -42,7 +42,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Certificate:
     Raises:
         Whatever ``fn`` itself raises.
     """
-    fn = _uncompiled(fn)
+    fn = uncompiled(fn)
     args, kwargs = _with_symbolic_batch((args, kwargs))
     recording = _Recording()
     certification = recording.certification
@@ -69,7 +69,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Certificate:
     )
 
 
-def _uncompiled(fn: Any) -> Callable[..., Any]:
+def uncompiled(fn: Any) -> Callable[..., Any]:
     """The function or module that ``torch.compile`` was given."""
     return getattr(fn, "_orig_mod", None) or getattr(fn, "_torchdynamo_orig_callable", fn)
 

@@ -21,7 +21,7 @@ from ..explaining import uncompiled
 from .invariance import _room_for_recompiles, _Runner
 from .situations import Situation
 from .strategies import Trial, scattered_values, trials
-from .structure import leaves, map_tensors
+from .structure import Path, leaves, map_tensors
 
 # Which trial the next searches run instead of drawing any, and of which search in the test it is.
 _replayed: list[tuple[Trial, int]] = []
@@ -74,7 +74,7 @@ def search(
     if trial is not None:
         subject.run(trial)
         return
-    chosen = settings.default.max_examples if max_examples is None else max_examples
+    chosen = settings().max_examples if max_examples is None else max_examples
     if max_examples is None and subject.is_compiled:
         chosen = min(chosen, 20)
 
@@ -129,7 +129,7 @@ class BatchInvariance:
         try:
             search(fn, *args, **{"seed": self.seed, **kwargs})
         except BatchInvarianceError as error:
-            error.__notes__ = []  # Hypothesis's own words for the trial
+            vars(error).pop("__notes__", None)  # Hypothesis's own words for the trial
             error.args = (f"{error}\n\n{self._script(error.trial, number)}",)
             raise
 
@@ -169,10 +169,10 @@ class _Subject:
         check_input_grad: bool,
     ) -> None:
         self.name = getattr(fn, "__qualname__", type(fn).__name__)
-        self.is_compiled = backend not in (None, "eager")
         plain = fn if backend is None else uncompiled(fn)
         self.modes = {False: plain, True: plain}
-        if self.is_compiled:
+        self.is_compiled = backend is not None and backend != "eager"
+        if backend is not None and self.is_compiled:
             self.modes = {dynamic: torch.compile(plain, backend=backend, dynamic=dynamic) for dynamic in (False, True)}
         self.inputs = (args, kwargs)
         self.batch_dim, self.seq_dim, self.check_input_grad = batch_dim, seq_dim, check_input_grad
@@ -196,6 +196,11 @@ class _Subject:
                     f"{seq_dim} of shape {list(first.shape)}"
                 )
             self.length = first.shape[seq_dim]
+            self.sequences = {
+                path
+                for path, t in leaves(self.inputs)
+                if id(t) in self.batched and t.dim() > seq_dim and t.shape[seq_dim] == self.length
+            }
 
     def sizes(self, max_rows: int) -> list[int]:
         """The batch sizes that a trial may have."""
@@ -222,7 +227,8 @@ class _Subject:
             raise
 
     def _runner(self, fn: Callable[..., Any], inputs: Any) -> _Runner:
-        runner = _Runner(fn, *inputs, self.batch_dim, self.check_input_grad)
+        args, kwargs = inputs
+        runner = _Runner(fn, args, kwargs, self.batch_dim, self.check_input_grad)
         runner.name = self.name
         return runner
 
@@ -245,14 +251,12 @@ class _Subject:
         if dim is None or not left + right:
             return fn
 
-        def has(t: Tensor, size: int) -> bool:
-            return t.dim() > max(dim, 1) and t.shape[dim] == size and not isinstance(t, torch.nn.Parameter)
-
-        def pad(_: object, t: Tensor) -> Tensor:
-            return F.pad(t, (0, 0) * (t.dim() - 1 - dim) + (left, right)) if has(t, length) else t
+        def pad(path: Path, t: Tensor) -> Tensor:
+            return F.pad(t, (0, 0) * (t.dim() - 1 - dim) + (left, right)) if path in self.sequences else t
 
         def cut(_: object, t: Tensor) -> Tensor:
-            return t.narrow(dim, left, length) if has(t, left + length + right) else t
+            is_longer = t.dim() > max(dim, 1) and t.shape[dim] == left + length + right
+            return t.narrow(dim, left, length) if is_longer else t
 
         def padded(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = map_tensors(pad, (args, kwargs))

@@ -7,10 +7,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from . import __version__, bench, demo, doctor, maps
+from . import __version__, bench, demo, doctor, explain_command, maps
 
 # Each adds its sub-command to the parser and names, as ``run``, the function that returns its exit code.
-COMMANDS = (demo.add_command, doctor.add_command, maps.add_command, bench.add_command)
+COMMANDS = (
+    demo.add_command,
+    explain_command.add_command,
+    doctor.add_command,
+    maps.add_command,
+    bench.add_command,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

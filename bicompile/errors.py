@@ -16,8 +16,11 @@ class BatchInvarianceError(AssertionError):
 
     Attributes (None where they do not apply): ``output`` names the output or gradient, ``row`` its row in the
     whole batch, ``situation`` what was changed around the row, ``index`` the first differing element within the
-    row, ``expected`` and ``got`` its two values, ``differing_elements`` and ``differing_bits`` the row's totals.
+    row, ``expected`` and ``got`` its two values, ``differing_elements`` and ``differing_bits`` the row's totals,
+    ``trial`` the ``bicompile.testing.trials.Trial`` that showed it.
     """
+
+    trial: object = None
 
     def __init__(
         self,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -16,10 +18,11 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .backend import compile_graph
-from .certificate import Certificate
+from .certificate import Certificate, CertifiedGraph
 from .config import parse_options
 from .passes.batch_symbols import symbols_of
-from .passes.certify import Certification
+from .passes.certify import Certification, CertifiedNode
+from .testing.structure import leaves, path_name
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Certificate:
@@ -37,13 +40,14 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Certificate:
     Returns:
         The certificate; refusals are listed in it, not raised.  What ``fn`` itself raises is raised.
     """
-    fn = _uncompiled(fn)
+    fn = uncompiled(fn)
     args, kwargs = _with_symbolic_batch((args, kwargs))
-    certification = Certification(on_refused="collect")
+    recording = _Recording()
+    certification = recording.certification
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         certification.batch |= _symbols(example_inputs)
-        return compile_graph(gm, example_inputs, parse_options(None, None), certification, _run_graph(certification))
+        return compile_graph(gm, example_inputs, parse_options(None, None), certification, recording.inner_compile)
 
     breaks = dict(counters["graph_break"])
     with (
@@ -54,10 +58,16 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Certificate:
         result = torch.compile(fn, backend=backend, dynamic=False)(*args, **kwargs)
         _run_backward(fn, result, (args, kwargs))
     new_breaks = [reason for reason, count in counters["graph_break"].items() if count > breaks.get(reason, 0)]
-    return Certificate(tuple(certification.nodes), tuple(new_breaks), bool(certification.batch))
+    return Certificate(
+        graphs=recording.graphs(),
+        graph_breaks=tuple(new_breaks),
+        batch_symbols=tuple(sorted(map(str, certification.batch))),
+        subject=getattr(fn, "__qualname__", type(fn).__name__),
+        inputs=tuple(_described(args, kwargs)),
+    )
 
 
-def _uncompiled(fn: Any) -> Callable[..., Any]:
+def uncompiled(fn: Any) -> Callable[..., Any]:
     """The function or module that ``torch.compile`` was given."""
     return getattr(fn, "_orig_mod", None) or getattr(fn, "_torchdynamo_orig_callable", fn)
 
@@ -93,11 +103,25 @@ def _symbols(example_inputs: Sequence[Any]) -> frozenset[sympy.Symbol]:
     return found
 
 
-def _run_graph(certification: Certification) -> Callable[..., Any]:
-    """An ``inner_compile`` that lowers and certifies a graph and then interprets it."""
+@dataclass
+class _Recorded:
+    """A graph that was traced: which, its nodes, and its turn among those that ran."""
 
-    def inner_compile(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-        certification.batch |= frozenset(
+    kind: str
+    nodes: tuple[CertifiedNode, ...]
+    turn: int | None = None
+
+
+@dataclass
+class _Recording:
+    """Lowers and certifies graphs, interprets them, and keeps what was certified, graph by graph."""
+
+    certification: Certification = field(default_factory=lambda: Certification(on_refused="collect"))
+    recorded: list[_Recorded] = field(default_factory=list)
+
+    def inner_compile(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        """In the place of Inductor's."""
+        self.certification.batch |= frozenset(
             symbol
             for node in gm.graph.find_nodes(op="placeholder")
             if isinstance(val := node.meta.get("val"), (Tensor, torch.SymInt))
@@ -105,10 +129,16 @@ def _run_graph(certification: Certification) -> Callable[..., Any]:
             for symbol in symbols_of(size)
         )
         placeholders = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+        known = len(self.certification.nodes)
         with V.set_fake_mode(detect_fake_mode(placeholders)):  # as compile_fx_inner does; some of its passes ask for it
             inductor._recursive_post_grad_passes(gm, is_inference=kwargs.get("is_inference", False))
+        kind = "backward" if kwargs.get("is_backward") else "inference" if kwargs.get("is_inference") else "forward"
+        recorded = _Recorded(kind, tuple(self.certification.nodes[known:]))
+        self.recorded.append(recorded)
 
         def run(inputs: list[Any]) -> Any:
+            if recorded.turn is None:
+                recorded.turn = sum(other.turn is not None for other in self.recorded)
             values = list(inputs)
             inputs.clear()
             return torch.fx.Interpreter(gm).run(*values)
@@ -116,7 +146,23 @@ def _run_graph(certification: Certification) -> Callable[..., Any]:
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
-    return inner_compile
+    def graphs(self) -> tuple[CertifiedGraph, ...]:
+        """In the order in which they ran; AOTAutograd traces some backwards before their forwards run."""
+        kinds = [recorded.kind for recorded in self.recorded]
+        found: list[CertifiedGraph] = []
+        for recorded in sorted(self.recorded, key=lambda r: len(kinds) if r.turn is None else r.turn):
+            number = 1 + sum(graph.name.startswith(recorded.kind) for graph in found)
+            name = recorded.kind if kinds.count(recorded.kind) == 1 else f"{recorded.kind} {number}"
+            found.append(CertifiedGraph(name, recorded.nodes))
+        return tuple(found)
+
+
+def _described(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[str]:
+    """Each argument in a few words; tensors nested in one, one by one."""
+    for name, value in [*((f"args[{i}]", value) for i, value in enumerate(args)), *kwargs.items()]:
+        for path, leaf in leaves(value):
+            shown = f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)}" if isinstance(leaf, Tensor) else None
+            yield f"{path_name(name, path)}: {shown or reprlib.repr(leaf)}"
 
 
 def _run_backward(fn: Any, result: Any, arguments: Any) -> None:

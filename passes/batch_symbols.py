@@ -159,5 +159,5 @@ _EXTENTS: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
             "all any argmax argmin max min median nanmedian amax amin cummax cummin equal sum prod cumsum"
         ).split()
     },
-    **dict.fromkeys(["aten.sort", "aten.topk", "aten.kthvalue", "aten.mode"], _last_dim),
+    **dict.fromkeys(["aten.sort", "aten.topk", "bicompile.topk", "aten.kthvalue", "aten.mode"], _last_dim),
 }

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -61,6 +62,11 @@ class CertifiedNode:
         order: for ``lowered`` and ``cross-batch``, the extent reduced and the op whose order it follows.
         reason: for ``refused``, what is missing and what to do.
         source: the user's line, ``file:line, in function``, where the trace kept it.
+        module: the innermost ``nn.Module`` that it belongs to, as ``layers.0.norm (LayerNorm)``, where there is one.
+        extent: for ``lowered`` and ``cross-batch``, the sizes over which one output element combines input elements.
+        symbols: the symbols in ``extent``.  An order is made of op, dtype and extent: it can follow nothing else.
+        operand: the dtype of the first tensor that the node takes.
+        device: where the result is.
     """
 
     name: str
@@ -71,6 +77,11 @@ class CertifiedNode:
     order: str = ""
     reason: str = ""
     source: str = ""
+    module: str = ""
+    extent: tuple[str, ...] = ()
+    symbols: tuple[str, ...] = ()
+    operand: str = ""
+    device: str = ""
 
 
 @dataclass
@@ -134,16 +145,23 @@ def certify_node(node: Node, certification: Certification) -> CertifiedNode:
         kind = "exact"
     else:
         kind, reason = "refused", _reason(node)
-    val = next((leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)), None)
+    val = next(_tensors(node), None)
+    operand = next((leaf for source in node.all_input_nodes for leaf in _tensors(source)), None)
+    extent = (reduced_extent(node) or []) if kind in ("lowered", "cross-batch") else []
     return CertifiedNode(
         name=node.name,
         op=full,
         kind=kind,
         shape="" if val is None else _sizes(val.shape),
-        dtype="" if val is None else str(val.dtype).removeprefix("torch."),
-        order=_order(node, name) if kind in ("lowered", "cross-batch") else "",
+        dtype="" if val is None else _dtype(val),
+        order=_order(name, extent) if kind in ("lowered", "cross-batch") else "",
         reason=reason,
         source=source_line(node),
+        module=module_path(node),
+        extent=tuple(map(str, extent)),
+        symbols=tuple(sorted({str(symbol) for size in extent for symbol in symbols_of(size)})),
+        operand="" if operand is None else _dtype(operand),
+        device="" if val is None else val.device.type,
     )
 
 
@@ -173,6 +191,21 @@ def source_line(node: Node) -> str:
     return ", ".join([f"{file.strip(chr(34))}:{line.removeprefix('line ')}", *rest])
 
 
+def module_path(node: Node) -> str:
+    """The innermost module that the node comes from and its class, or an empty string."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return ""
+    path, kind = list(stack.values())[-1]
+    path = path.partition(".")[2]  # its first part is the name that Dynamo has for what was compiled
+    name = kind if isinstance(kind, str) else kind.__name__
+    return f"{path} ({name})" if path else name
+
+
+def _tensors(node: Node) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor))
+
+
 def _unproven_device(node: Node) -> str:
     """Why nothing is proven on the device of the node's result; empty where something is."""
     for leaf in tree_leaves(node.meta.get("val")):
@@ -198,8 +231,11 @@ def _without_kernel(node: Node) -> str:
     return ""
 
 
-def _order(node: Node, name: str) -> str:
-    extent = reduced_extent(node) or []
+def _dtype(val: Tensor) -> str:
+    return str(val.dtype).removeprefix("torch.")
+
+
+def _order(name: str, extent: Sequence[object]) -> str:
     if not extent:
         return name
     return f"{name.split('.')[1]} over {_sizes(extent)}"

@@ -85,7 +85,10 @@ def call(like: Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> N
 
 
 # Which line of the user's a node comes from; and that Inductor must round this node's half-precision result.
-_INHERITED = ("stack_trace", "nn_module_stack", "source_fn_stack", "original_aten", "low_precision_pointwise_barrier")
+_INHERITED = (
+    *("stack_trace", "nn_module_stack", "source_fn_stack", "fwd_nn_module_stack", "fwd_source_fn_stack"),
+    *("original_aten", "low_precision_pointwise_barrier"),
+)
 
 
 def fake_mode_of(node: Node) -> Any:

@@ -15,6 +15,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["pytest_bicompile"]  # also where the package is not installed
+
 # No deadline: the first example of a test compiles.  HYPOTHESIS_PROFILE picks one of the three.
 _QUIET = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture)
 settings.register_profile("dev", deadline=None, suppress_health_check=_QUIET, max_examples=20)

@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -23,18 +23,15 @@ import bicompile.lowering.reduction.op
 import bicompile.lowering.scan.op
 import bicompile.lowering.scatter.op
 import bicompile.lowering.softmax.op  # noqa: F401 (registers the ops)
-from bicompile.lowering.attention import order as attention_order
 from bicompile.lowering.attention import reference as attention_reference
-from bicompile.lowering.matmul import order as matmul_order
 from bicompile.lowering.matmul import reference as matmul_reference
-from bicompile.lowering.reduction import order as reduction_order
 from bicompile.lowering.reduction import reference as reduction_reference
 from bicompile.lowering.scan import reference as scan_reference
 from bicompile.lowering.scatter import reference as scatter_reference
 from bicompile.testing import SummationTree, summation_tree, tree_difference
+from bicompile.testing.declared import Child, add, blocks, chain, declared_order, declared_trees, laned_sections
 
 ops = torch.ops.bicompile
-Child = int | SummationTree
 Tree = Callable[[int, torch.dtype], SummationTree]
 
 # Rows and their number, around the blocks and past two of them.
@@ -44,26 +41,6 @@ SIZES = ((5, 3), (191, 1), (192, 17), (193, 3), (400, 1), (400, 17))
 # --- trees by hand -------------------------------------------------------------------------------------------------
 
 
-def add(*terms: Child | None) -> Child | None:
-    """One addition of those terms that are there: a zero is no summand."""
-    there = [term for term in terms if term is not None]
-    return SummationTree(tuple(there)) if len(there) > 1 else there[0] if there else None
-
-
-def chain(terms: Iterable[Child | None]) -> SummationTree:
-    total = functools.reduce(add, terms, None)
-    assert isinstance(total, SummationTree)
-    return total
-
-
-def halved(lanes: list[Child | None]) -> Child | None:
-    """Lane ``i`` takes lane ``i + half``, down to lane 0."""
-    while len(lanes) > 1:
-        half = len(lanes) // 2
-        lanes = [add(lanes[i], lanes[i + half]) for i in range(half)]
-    return lanes[0]
-
-
 def balanced(start: int, stop: int) -> Child:
     if stop - start == 1:
         return start
@@ -71,56 +48,35 @@ def balanced(start: int, stop: int) -> Child:
     return SummationTree((balanced(start, middle), balanced(middle, stop)))
 
 
-def lanes_of(start: int, stop: int, lanes: int) -> list[Child | None]:
-    """Running sums over ``start .. stop``: lane ``l`` takes ``start + l``, then each ``lanes`` further."""
-    return [functools.reduce(add, range(start + lane, stop, lanes), None) for lane in range(lanes)]
-
-
-def laned_sections(n: int, section: int, lanes: int) -> SummationTree:
-    """Lanes inside sections, sections added lane by lane, then halves of the lanes."""
-    sections = [lanes_of(start, min(start + section, n), lanes) for start in range(0, n, section)]
-    total = halved([functools.reduce(add, parts, None) for parts in zip(*sections, strict=True)])
-    assert isinstance(total, SummationTree)
-    return total
-
-
-def blocks(ks: list[int], block: int) -> SummationTree:
-    """Chains in blocks, and the blocks' sums in ascending order."""
-    return chain(functools.reduce(add, ks[at : at + block], None) for at in range(0, len(ks), block))
-
-
 # --- the declared orders -------------------------------------------------------------------------------------------
 
 
+def tree_of(order: Any, n: int, what: int = 0) -> SummationTree:
+    """The tree of one of an order's sums, the first unless it is told otherwise."""
+    return list(declared_trees(order, n).values())[what]
+
+
 def reduction_tree(n: int, dtype: torch.dtype) -> SummationTree:
-    order = reduction_order.order_for(n, dtype)
-    return laned_sections(n, order.section, order.lanes)
+    return tree_of(declared_order("sum", n, dtype), n)
 
 
 def matmul_tree(n: int, dtype: torch.dtype) -> SummationTree:
-    return tree_of_matmul(matmul_order.order_for(n, dtype))
-
-
-def tree_of_matmul(order: matmul_order.MatmulOrder) -> SummationTree:
-    ks: list[Any] = list(range(order.length))
-    if order.odd_first:
-        pairs = [(k + 1, k) for k in range(0, order.length, 2)]
-        ks = [k if k < order.length else None for pair in pairs for k in pair]
-    return blocks(ks, order.block)
+    return tree_of(declared_order("mm", n, dtype), n)
 
 
 def attention_tree(n: int, dtype: torch.dtype) -> SummationTree:
-    return blocks(list(range(n)), attention_order.order_for(dtype).block)
+    return tree_of(declared_order("sdpa", n, dtype), n)
 
 
 def weights_tree(n: int, dtype: torch.dtype) -> SummationTree:
-    order = attention_order.order_for(dtype)
-    return laned_sections(n, order.block, order.lanes)
+    return tree_of(declared_order("sdpa", n, dtype), n, 1)
 
 
 def running_tree(n: int, dtype: torch.dtype) -> SummationTree:
     """A scan's last element, or a scatter's one destination."""
-    return chain(range(n))
+    scan, scatter = (tree_of(declared_order(op, n, dtype), n) for op in ("cumsum", "index_add"))
+    assert scan == scatter
+    return scan
 
 
 # --- known functions -----------------------------------------------------------------------------------------------
@@ -557,12 +513,24 @@ def test_references_of_reductions_have_the_trees_of_the_kernels():
     assert summation_tree(lambda x: scatter_reference.index_add(torch.zeros(2), 0, index, x)[1], 12) == found
 
 
+@pytest.mark.parametrize("n", [3, 8, 19, 70])
+def test_references_of_the_gpus_orders_have_the_trees_that_are_declared(n: int, monkeypatch: pytest.MonkeyPatch):
+    order = dataclasses.replace(declared_order("sum", n, torch.float32, "cuda"), lanes=4, section=8)
+    monkeypatch.setattr(reduction_reference, "gpu_order_for", lambda *_: order)
+    found = summation_tree(lambda x: reduction_reference.gpu_fold(x[None])[0, 0], n)
+    assert tree_difference(tree_of(order, n), found) is None
+    order = dataclasses.replace(declared_order("cumsum", n, torch.float32, "cuda"), segment=4)
+    monkeypatch.setattr(scan_reference, "gpu_order_for", lambda *_: order)
+    found = summation_tree(lambda x: scan_reference.gpu_cumsum(x, 0, x.dtype)[-1], n)
+    assert tree_difference(tree_of(order, n), found) is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("n", [7, 21])
 def test_reference_of_matmul_has_the_tree_of_its_order(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     order_for = _shortened(monkeypatch, matmul_reference, block=8)
     found = summation_tree(lambda x: matmul_reference.mm(x[None], _ones(x, n, 1))[0, 0], n, dtype=dtype)
-    assert found == tree_of_matmul(order_for(n, dtype))
+    assert found == tree_of(order_for(n, dtype), n)
 
 
 def test_reference_of_attention_has_the_tree_of_its_order(monkeypatch: pytest.MonkeyPatch):

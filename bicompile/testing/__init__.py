@@ -1,5 +1,6 @@
 """What users need to test for batch invariance themselves."""
 
+import importlib
 from typing import Any
 
 from .bits import Difference, difference, differing_bits, same_bits
@@ -19,15 +20,17 @@ __all__ = [
     "differing_bits",
     "lay_out",
     "same_bits",
+    "search",
     "summation_tree",
     "tree_difference",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """``batches`` on first use: only the strategies need Hypothesis, which the test extra installs."""
-    if name != "batches":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .strategies import batches
+_NEED_HYPOTHESIS = {"batches": "strategies", "search": "trials"}
 
-    return batches
+
+def __getattr__(name: str) -> Any:
+    """``batches`` and ``search`` on first use: only they need Hypothesis, which the test extra installs."""
+    if name not in _NEED_HYPOTHESIS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_NEED_HYPOTHESIS[name]}", __name__), name)

@@ -31,7 +31,7 @@ SITUATIONS = (
 
 FILLS = ("nan", "inf", "huge", "denormal", "zero")
 
-_AMONG = {
+AMONG = {
     "nan": "among NaN rows",
     "inf": "among Inf rows",
     "huge": "among rows of huge values",
@@ -39,7 +39,7 @@ _AMONG = {
     "zero": "among zero rows",
 }
 
-_LAID_OUT = {
+LAID_OUT = {
     "offset": "at an unaligned storage offset",
     "strided": "in a wider buffer",
     "transposed": "with its last dims swapped in memory",
@@ -131,19 +131,19 @@ def _situations_called(name: str, num_rows: int) -> Iterator[Situation]:
     elif name in FILLS:
         yield from _among(name, num_rows)
     else:
-        yield Situation(name, _LAID_OUT[name], whole, layout=name)
+        yield Situation(name, LAID_OUT[name], whole, layout=name)
 
 
 def _among(fill: str, num_rows: int) -> Iterator[Situation]:
     """Rows next to filled ones: even rows kept, odd rows kept, and for NaN the last row kept by itself."""
     if num_rows == 1:
-        yield Situation(fill, _AMONG[fill], (0, 0, 0), kept=(False, True, False), fill=fill)
+        yield Situation(fill, AMONG[fill], (0, 0, 0), kept=(False, True, False), fill=fill)
         return
     rows = tuple(range(num_rows))
     for parity in (0, 1):
-        yield Situation(fill, _AMONG[fill], rows, kept=tuple(row % 2 == parity for row in rows), fill=fill)
+        yield Situation(fill, AMONG[fill], rows, kept=tuple(row % 2 == parity for row in rows), fill=fill)
     if fill == "nan" and num_rows > 2:
-        yield Situation(fill, _AMONG[fill], rows, kept=(False,) * (num_rows - 1) + (True,), fill=fill)
+        yield Situation(fill, AMONG[fill], rows, kept=(False,) * (num_rows - 1) + (True,), fill=fill)
 
 
 def _short(rows: tuple[int, ...]) -> str:

@@ -3,8 +3,9 @@ fewer rows.  Importing this file needs Hypothesis, which comes with the test ext
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from .layouts import LAYOUTS, lay_out
-from .situations import FILLS, fill_rows
+from .situations import AMONG, FILLS, LAID_OUT, Situation, fill_rows
 
 # Lengths around the blocks that orders are made of (32 lanes, blocks of 192), and their ragged tails.
 _TELLING_LENGTHS = (0, 1, 2, 3, 7, 16, 17, 31, 32, 33, 64, 96, 191, 192, 193, 257, 383, 384, 385, 577, 1000)
@@ -72,6 +73,53 @@ class Batch:
 
     def _values(self) -> Tensor:
         return scattered_values((self.num_rows, *self.row_shape), self.dtype, self.seed)
+
+
+@dataclass(frozen=True, repr=False)
+class Trial:
+    """Two batches that share rows; made by ``trials``, run by ``bicompile.testing.trials.search``.
+
+    Attributes:
+        rows: which of the rows given make the first batch.
+        order: which of the first batch's rows make the second.
+        kept: which rows of the second keep their values and are compared; empty means all.
+        fill: what the others hold.
+        layout: where the second lies in memory, see ``layouts.LAYOUTS``.
+        values: the seed of new floating-point values; None: those given.
+        threads: CPU threads of the first and second; None: as many as there are.
+        dynamic: whether the first and second run in what is compiled for dynamic shapes.
+        padding: positions that the second has more on the left and on the right.
+    """
+
+    rows: tuple[int, ...]
+    order: tuple[int, ...]
+    kept: tuple[bool, ...] = ()
+    fill: str | None = None
+    layout: str = "contiguous"
+    values: int | None = None
+    threads: tuple[int | None, int | None] = (None, None)
+    dynamic: tuple[bool, bool] = (False, False)
+    padding: tuple[int, int] = (0, 0)
+
+    def __repr__(self) -> str:
+        told = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return f"Trial({', '.join(f'{name}={value!r}' for name, value in told.items())})"
+
+    def situation(self) -> Situation:
+        """The second batch."""
+        parts = [f"in the batch of its rows {list(self.order)}"]
+        if self.fill:
+            parts.append(AMONG[self.fill])
+        if self.layout != "contiguous":
+            parts.append(LAID_OUT[self.layout])
+        if self.threads[0] != self.threads[1]:
+            first, second = (str(number or "all") for number in self.threads)
+            parts.append(f"with {second} threads instead of {first}")
+        if self.dynamic[0] != self.dynamic[1]:
+            parts.append(f"compiled for {'dynamic' if self.dynamic[1] else 'static'} shapes")
+        if any(self.padding):
+            parts.append(f"padded by {self.padding[0]} on the left and {self.padding[1]} on the right")
+        return Situation("trial", ", ".join(parts), self.order, self.kept, self.fill, self.layout)
 
 
 def scattered_values(shape: Sequence[int], dtype: torch.dtype, seed: int) -> Tensor:
@@ -133,6 +181,49 @@ def batches(
         fill=draw(st.sampled_from(("random", *FILLS))),
         left_pad=draw(st.integers(0, max_padding)),
         right_pad=draw(st.integers(0, max_padding)),
+    )
+
+
+@st.composite
+def trials(
+    draw: st.DrawFn,
+    num_rows: int,
+    sizes: Sequence[int],
+    floats: bool = True,
+    new_values: bool = True,
+    compiled: bool = False,
+    max_padding: int = 0,
+) -> Trial:
+    """Trials of a function that was given ``num_rows`` rows, in batches of ``sizes``.
+
+    Args:
+        floats: whether there are floating-point rows, which can hold NaN and its like.
+        new_values: whether such rows may get values of their own.
+        compiled: whether there is a version for static shapes too; it runs in a batch of 1 and of ``num_rows`` only,
+            because each size is compiled anew.
+        max_padding: the most positions on either side.
+    """
+    size = st.sampled_from(sizes)
+    first, second = draw(size), draw(size)
+    rows = draw(st.lists(st.integers(0, num_rows - 1), min_size=first, max_size=first))
+    order = draw(st.lists(st.integers(0, first - 1), min_size=second, max_size=second))
+    fill = draw(st.none() | st.sampled_from(FILLS)) if floats and second > 1 else None
+    kept: list[bool] = []
+    if fill:
+        kept = draw(st.lists(st.booleans(), min_size=second, max_size=second).filter(any))
+    number = st.sampled_from([None, *dict.fromkeys((1, 2, os.cpu_count() or 1))])
+    dynamic = [draw(st.booleans()) if compiled and n in (1, num_rows) else compiled for n in (first, second)]
+    padding = st.integers(0, max_padding)
+    return Trial(
+        rows=tuple(rows),
+        order=tuple(order),
+        kept=tuple(kept),
+        fill=fill,
+        layout=draw(layouts()),
+        values=draw(st.none() | seeds()) if floats and new_values else None,
+        threads=(draw(number), draw(number)),
+        dynamic=(dynamic[0], dynamic[1]),
+        padding=(draw(padding), draw(padding)),
     )
 
 

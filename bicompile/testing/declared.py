@@ -1,0 +1,181 @@
+"""The orders that the lowerings declare, as trees: what ``summation_tree`` must find, and what a report draws."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from ..lowering.attention.order import AttentionOrder, GpuAttentionOrder
+from ..lowering.attention.order import gpu_order_for as gpu_attention
+from ..lowering.attention.order import order_for as attention
+from ..lowering.matmul.order import GpuMatmulOrder, MatmulOrder
+from ..lowering.matmul.order import gpu_order_for as gpu_matmul
+from ..lowering.matmul.order import order_for as matmul
+from ..lowering.reduction.order import GpuReductionOrder, ReductionOrder
+from ..lowering.reduction.order import gpu_order_for as gpu_reduction
+from ..lowering.reduction.order import order_for as reduction
+from ..lowering.scan.order import GpuScanOrder, ScanOrder
+from ..lowering.scan.order import gpu_order_for as gpu_scan
+from ..lowering.scan.order import order_for as scan
+from ..lowering.scatter.order import ScatterOrder
+from ..lowering.scatter.order import order_for as scatter
+from .trees import SummationTree
+
+Child = int | SummationTree
+
+_MATMULS = ("mm", "bmm", "addmm", "baddbmm", "grouped_mm", "scaled_mm")
+_ATTENTION = ("sdpa", "sdpa_backward")
+_SCANS = ("cumsum", "cumprod", "logcumsumexp")
+_SCATTERS = ("index_add", "scatter_add", "scatter_reduce", "index_put_accumulate", "embedding_dense_backward")
+_REDUCTIONS = (
+    *("sum", "mean", "prod", "var", "vector_norm", "logsumexp", "sum_square", "mean_square", "softmax"),
+    *("softmax_backward", "rms_norm"),
+    *(f"{kind}_norm{part}" for kind in ("layer", "group") for part in ("", "_backward", "_backward_params")),
+)
+
+
+def declared_order(op: str, length: int, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """The order dataclass that ``op`` follows, such as ``MatmulOrder`` for ``mm``; None for an op that adds nothing.
+
+    Args:
+        op: the name of an op of ours, without ``bicompile.`` and overload.
+        length: how many elements are combined; of attention the depth of a head.
+        dtype: of what is combined.
+        device: ``cpu`` or ``cuda``.
+    """
+    gpu = device == "cuda"
+    if op in _MATMULS:
+        return (gpu_matmul if gpu else matmul)(length, dtype)
+    if op in _ATTENTION:
+        return gpu_attention(length, dtype) if gpu else attention(dtype)
+    if op in _REDUCTIONS:
+        return (gpu_reduction if gpu else reduction)(length, dtype)
+    if op in _SCANS:
+        return (gpu_scan if gpu else scan)(dtype)
+    return scatter(dtype) if op in _SCATTERS else None
+
+
+@functools.singledispatch
+def declared_trees(order: Any, n: int) -> dict[str, SummationTree]:
+    """How ``n`` summands are added in ``order``: a tree for each of its sums, by what is summed."""
+    raise TypeError(f"declared_trees: expected an order of a lowering, got {type(order).__name__}")
+
+
+@declared_trees.register
+def _(order: MatmulOrder, n: int) -> dict[str, SummationTree]:
+    ks: Sequence[int] = range(n)
+    if order.odd_first:
+        ks = [k for pair in range(0, n, 2) for k in (pair + 1, pair) if k < n]
+    return {"products": blocks(ks, order.block)}
+
+
+@declared_trees.register
+def _(order: GpuMatmulOrder, n: int) -> dict[str, SummationTree]:
+    groups = [range(start, min(start + order.group, n)) for start in range(0, n, order.group)]
+    return {"products": _tree(functools.reduce(lambda total, group: add(total, *group), groups, None))}
+
+
+@declared_trees.register
+def _(order: AttentionOrder, n: int) -> dict[str, SummationTree]:
+    return {
+        "products of a score, and weighted values": blocks(range(n), order.block),
+        "weights": laned_sections(n, order.block, order.lanes),
+    }
+
+
+@declared_trees.register
+def _(order: GpuAttentionOrder, n: int) -> dict[str, SummationTree]:
+    size = max(order.splits[0][1] // order.block, 1)
+    splits = [range(start, min(start + size, n)) for start in range(0, n, size)]
+    return {"blocks of keys, in splits": chain(functools.reduce(add, split, None) for split in splits)}
+
+
+@declared_trees.register
+def _(order: ReductionOrder, n: int) -> dict[str, SummationTree]:
+    return {"elements": laned_sections(n, order.section, order.lanes)}
+
+
+@declared_trees.register
+def _(order: GpuReductionOrder, n: int) -> dict[str, SummationTree]:
+    row: list[Child | None] = list(range(n))
+    while len(row) > 1:
+        sections = [row[start : start + order.section] for start in range(0, len(row), order.section)]
+        row = [
+            neighbours([_running(section[lane :: order.lanes]) for lane in range(order.lanes)]) for section in sections
+        ]
+    return {"elements": _tree(row[0])}
+
+
+@declared_trees.register
+def _(order: ScanOrder, n: int) -> dict[str, SummationTree]:
+    return {"elements up to the last": chain(range(n))}
+
+
+@declared_trees.register
+def _(order: GpuScanOrder, n: int) -> dict[str, SummationTree]:
+    def last(row: Sequence[Child | None]) -> Child | None:
+        segments = [row[start : start + order.segment] for start in range(0, len(row), order.segment)]
+        before = last([_running(segment) for segment in segments[:-1]]) if len(segments) > 1 else None
+        return _running([before, *segments[-1]])
+
+    return {"elements up to the last": _tree(last(range(n)))}
+
+
+@declared_trees.register
+def _(order: ScatterOrder, n: int) -> dict[str, SummationTree]:
+    return {"contributions to one destination": chain(range(n))}
+
+
+# --- building blocks -----------------------------------------------------------------------------------------------
+
+
+def add(*terms: Child | None) -> Child | None:
+    """One addition of those terms that are there: a zero is no summand."""
+    there = [term for term in terms if term is not None]
+    return SummationTree(tuple(there)) if len(there) > 1 else there[0] if there else None
+
+
+def chain(terms: Iterable[Child | None]) -> SummationTree:
+    """Each term is added to the sum of those before it."""
+    return _tree(_running(terms))
+
+
+def blocks(ks: Sequence[int], block: int) -> SummationTree:
+    """Chains in blocks, and the blocks' sums in ascending order."""
+    return chain(_running(ks[at : at + block]) for at in range(0, len(ks), block))
+
+
+def laned_sections(n: int, section: int, lanes: int) -> SummationTree:
+    """Lanes inside sections, sections added lane by lane, then halves of the lanes."""
+    starts = range(0, n, section)
+    cut = [[_running(range(start + lane, min(start + section, n), lanes)) for lane in range(lanes)] for start in starts]
+    return _tree(halved([_running(parts) for parts in zip(*cut, strict=True)]))
+
+
+def halved(lanes: list[Child | None]) -> Child | None:
+    """Lane ``i`` takes lane ``i + half``, down to lane 0."""
+    return _paired(lanes, lambda i, half: (i, i + half))
+
+
+def neighbours(lanes: list[Child | None]) -> Child | None:
+    """Neighbours, then neighbouring pairs, and so on."""
+    return _paired(lanes, lambda i, half: (2 * i, 2 * i + 1))
+
+
+def _paired(lanes: list[Child | None], pair: Callable[[int, int], tuple[int, int]]) -> Child | None:
+    while len(lanes) > 1:
+        half = len(lanes) // 2
+        lanes = [add(*(lanes[at] for at in pair(i, half))) for i in range(half)]
+    return lanes[0]
+
+
+def _running(terms: Iterable[Child | None]) -> Child | None:
+    return functools.reduce(add, terms, None)
+
+
+def _tree(child: Child | None) -> SummationTree:
+    assert child is not None
+    return child if isinstance(child, SummationTree) else SummationTree((child,))

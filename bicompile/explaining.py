@@ -42,11 +42,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Certificate:
     """
     fn = uncompiled(fn)
     args, kwargs = _with_symbolic_batch((args, kwargs))
-    recording = _Recording()
+    recording = _Recording(_num_rows((args, kwargs)))
     certification = recording.certification
 
     def backend(gm: GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
-        certification.batch |= _symbols(example_inputs)
+        certification.batch |= _symbols(example_inputs, recording.num_rows)
         return compile_graph(gm, example_inputs, parse_options(None, None), certification, recording.inner_compile)
 
     breaks = dict(counters["graph_break"])
@@ -74,10 +74,7 @@ def uncompiled(fn: Any) -> Callable[..., Any]:
 
 def _with_symbolic_batch(arguments: Any) -> Any:
     """Copies of the arguments whose batch has at least two rows and is marked dynamic."""
-    first = next((leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim()), None)
-    if first is None:
-        return arguments
-    rows = first.shape[0]
+    rows = _num_rows(arguments)
 
     def mark(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != rows or rows == 0:
@@ -94,13 +91,19 @@ def _with_symbolic_batch(arguments: Any) -> Any:
     return tree_map(mark, arguments)
 
 
-def _symbols(example_inputs: Sequence[Any]) -> frozenset[sympy.Symbol]:
-    """Every symbol in the inputs' shapes: only batch sizes were marked."""
-    found: frozenset[sympy.Symbol] = frozenset()
-    for leaf in example_inputs:
-        sizes = leaf.shape if isinstance(leaf, Tensor) else [leaf]
-        found |= frozenset().union(*(symbols_of(size) for size in sizes)) if len(sizes) else frozenset()
-    return found
+def _num_rows(arguments: Any) -> int:
+    """The batch size; 0 where there is none."""
+    return next((leaf.shape[0] for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.dim()), 0)
+
+
+def _symbols(inputs: Sequence[Any], num_rows: int) -> frozenset[sympy.Symbol]:
+    """The symbols in the inputs' shapes that stand for the batch size.
+
+    Others are there where something was compiled with ``dynamic=True`` before: Dynamo marks the tensors that it meets.
+    """
+    sizes = [size for leaf in inputs for size in (leaf.shape if isinstance(leaf, Tensor) else [leaf])]
+    of_batch = [size for size in sizes if isinstance(size, torch.SymInt) and size.node.hint == num_rows]
+    return frozenset(symbol for size in of_batch for symbol in symbols_of(size))
 
 
 @dataclass
@@ -116,19 +119,14 @@ class _Recorded:
 class _Recording:
     """Lowers and certifies graphs, interprets them, and keeps what was certified, graph by graph."""
 
+    num_rows: int
     certification: Certification = field(default_factory=lambda: Certification(on_refused="collect"))
     recorded: list[_Recorded] = field(default_factory=list)
 
     def inner_compile(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         """In the place of Inductor's."""
-        self.certification.batch |= frozenset(
-            symbol
-            for node in gm.graph.find_nodes(op="placeholder")
-            if isinstance(val := node.meta.get("val"), (Tensor, torch.SymInt))
-            for size in (val.shape if isinstance(val, Tensor) else [val])
-            for symbol in symbols_of(size)
-        )
         placeholders = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+        self.certification.batch |= _symbols(placeholders, self.num_rows)
         known = len(self.certification.nodes)
         with V.set_fake_mode(detect_fake_mode(placeholders)):  # as compile_fx_inner does; some of its passes ask for it
             inductor._recursive_post_grad_passes(gm, is_inference=kwargs.get("is_inference", False))

@@ -134,7 +134,7 @@ _EXTENTS: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
         f"bicompile.{name}": _over_dims
         for name in (
             "sum mean prod amax amin var vector_norm logsumexp sum_square mean_square softmax "
-            "softmax_backward softmax_statistics cumsum cumprod logcumsumexp"
+            "softmax_backward softmax_statistics log_probability cumsum cumprod logcumsumexp"
         ).split()
     },
     "bicompile.rms_norm": lambda args: [_shape(args["x"])[-1]],

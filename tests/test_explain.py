@@ -154,3 +154,14 @@ def test_every_op_of_ours_that_combines_elements_has_an_extent():
 def test_compiled_functions_can_be_explained_too():
     compiled = torch.compile(LINEAR, backend="batch_invariant")
     assert bicompile.explain(compiled, torch.randn(3, 5, 32)).lowered
+
+
+def test_a_size_that_dynamo_marked_before_is_not_taken_for_the_batch():
+    weight = torch.randn(5, 7)
+
+    def fn(x: torch.Tensor) -> torch.Tensor:
+        return (x @ weight.T).sum(1)
+
+    torch.compile(fn, backend="eager", dynamic=True)(torch.randn(3, 7))
+    torch._dynamo.reset()
+    assert [node.kind for node in bicompile.explain(fn, torch.randn(3, 7)).lowered] == ["lowered", "lowered"]

@@ -3,7 +3,9 @@
 torch.compile(model, backend="batch_invariant")
 """
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 _here = Path(__file__).resolve().parent
 if not (_here / "passes").is_dir():
@@ -11,14 +13,16 @@ if not (_here / "passes").is_dir():
     # In an installed copy they are real sub-directories and nothing happens here.
     __path__.append(str(_here.parent))
 
-from . import testing  # noqa: E402
-from .api import batch_invariant  # noqa: E402
-from .certificate import Certificate  # noqa: E402
-from .eager_mode import eager  # noqa: E402
-from .errors import BatchInvarianceError, OptionError, UnsupportedOpError  # noqa: E402
-from .explaining import explain  # noqa: E402
 from .registration import register  # noqa: E402
 from .transformers.registration import register_on_import  # noqa: E402
+
+if TYPE_CHECKING:
+    from . import testing
+    from .api import batch_invariant
+    from .certificate import Certificate
+    from .eager_mode import eager
+    from .errors import BatchInvarianceError, OptionError, UnsupportedOpError
+    from .explaining import explain
 
 __all__ = [
     "BatchInvarianceError",
@@ -32,6 +36,31 @@ __all__ = [
     "testing",
 ]
 __version__ = "0.1.0"
+
+# The module that each name comes from, on first use: importing them all imports torch and half of its compiler.
+_HOMES = {
+    "BatchInvarianceError": "errors",
+    "Certificate": "certificate",
+    "OptionError": "errors",
+    "UnsupportedOpError": "errors",
+    "batch_invariant": "api",
+    "eager": "eager_mode",
+    "explain": "explaining",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "testing":
+        return import_module(f"{__name__}.testing")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 register()
 register_on_import()

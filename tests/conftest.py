@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["pytest_bicompile"]  # also where the package is not installed
+pytest_plugins = ["bicompile.pytest_plugin"]  # also where the package is not installed
 
 # No deadline: the first example of a test compiles.  HYPOTHESIS_PROFILE picks one of the three.
 _QUIET = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture)

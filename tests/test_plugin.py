@@ -32,7 +32,9 @@ def checkout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_failure_prints_a_script_that_fails_too(pytester: pytest.Pytester, checkout: None):
     pytester.makepyfile(test_models=MODELS)
-    result = pytester.runpytest_inprocess("-p", "pytest_bicompile", "-p", "no:cacheprovider")  # torch is imported here
+    result = pytester.runpytest_inprocess(
+        "-p", "bicompile.pytest_plugin", "-p", "no:cacheprovider"
+    )  # torch is imported here
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["*row 0 of *has other bits*", "*To see it again, run this script:*"])
     lines = [line[1:].strip("\n").removeprefix("       ") for line in result.outlines if line.startswith("E")]
@@ -72,7 +74,7 @@ def test_soak_repeats_what_draws_from_new_seeds_and_says_how_to_see_a_failure_ag
         "settings.register_profile('same', derandomize=True, deadline=None, max_examples=100)\n"
         "settings.load_profile('same')\n"
     )
-    arguments = ("-p", "pytest_bicompile", "-p", "no:cacheprovider")
+    arguments = ("-p", "bicompile.pytest_plugin", "-p", "no:cacheprovider")
     # The same numbers in each round would never be 150, and then the minute would pass without a failure.
     result = pytester.runpytest_subprocess(*arguments, "-x", "--soak", "1", "--soak-seed", "7")
     assert result.ret == pytest.ExitCode.TESTS_FAILED
@@ -84,7 +86,7 @@ def test_soak_repeats_what_draws_from_new_seeds_and_says_how_to_see_a_failure_ag
 
 def test_soak_runs_one_round_at_least_and_succeeds_if_nothing_fails(pytester: pytest.Pytester, checkout: None):
     pytester.makepyfile(test_drawing=DRAWING)
-    arguments = ("-p", "pytest_bicompile", "-p", "no:cacheprovider")
+    arguments = ("-p", "bicompile.pytest_plugin", "-p", "no:cacheprovider")
     result = pytester.runpytest_subprocess(*arguments, "--soak", "0", "-k", "test_draws")
     assert result.ret == 0
     result.stdout.fnmatch_lines(["*soak: round 1, seed *, 1 tests, 0.0 of 0 minutes, 0 failed*"])

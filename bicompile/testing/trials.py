@@ -141,7 +141,7 @@ class BatchInvariance:
             "import sys, pytest\n"
             "from bicompile.testing.trials import Trial, replay\n\n"
             f"with replay({trial!r}, check={number}):\n"
-            f"    sys.exit(pytest.main(['-p', 'pytest_bicompile', {self.test!r}]))\n"
+            f"    sys.exit(pytest.main(['-p', 'bicompile.pytest_plugin', {self.test!r}]))\n"
         )
 
 

@@ -7,18 +7,23 @@
 ``seed_requests(manager)`` gives the requests of continuous batching seeds.
 """
 
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .covering import cover
 from .registration import register
+
+if TYPE_CHECKING:
+    from .covering import cover
+    from .seeding import seed_requests
 
 __all__ = ["cover", "register", "seed_requests"]
 
 
-def __getattr__(name: str) -> Any:
-    """``seed_requests`` on first use: its module imports transformers."""
-    if name != "seed_requests":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .seeding import seed_requests
+_HOMES = {"cover": "covering", "seed_requests": "seeding"}
 
-    return seed_requests
+
+def __getattr__(name: str) -> Any:
+    """On first use: their modules import torch and transformers."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

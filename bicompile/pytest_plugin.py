@@ -11,8 +11,7 @@ the smallest batch that shows it and a script to see it again.  ``backend="batch
 
 runs the selected tests that draw from Hypothesis again and again for 60 minutes, each round from another seed.
 
-Every pytest of an environment imports this file, so it imports torch only where a test asks for it: that is why it lies
-beside the package and not in it.
+Every pytest of an environment imports this file, so it imports torch only where a test asks for it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from bicompile.testing.trials import BatchInvariance
+    from .testing.trials import BatchInvariance
 
 _SEED = pytest.StashKey[int]()
 _FIXTURE = "batch_invariance"
@@ -42,7 +41,7 @@ def batch_invariance(request: pytest.FixtureRequest) -> Iterator[BatchInvariance
     pytest.importorskip(
         "hypothesis", reason="batch_invariance draws its batches with Hypothesis: pip install hypothesis"
     )
-    from bicompile.testing.trials import BatchInvariance
+    from .testing.trials import BatchInvariance
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

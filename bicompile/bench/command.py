@@ -32,7 +32,12 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name has TEXT in it")
     parser.add_argument("--list", action="store_true", help="print the names of the cases, and measure nothing")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after that")
-    parser.add_argument("--case-seconds", type=float, metavar="SECONDS", help="time for the calls of each case")
+    parser.add_argument(
+        "--case-seconds",
+        type=float,
+        metavar="SECONDS",
+        help="time for the calls of a case; model on cuda, and compile, have their own",
+    )
     parser.add_argument("--threads", type=int, help="of the CPU (default: PyTorch's)")
     parser.add_argument("--layers", type=int, help="of the random language models on which some suites run")
     parser.add_argument("--caches", type=Path, metavar="DIR", help="model on cuda: keep the compilers' caches there")

@@ -34,7 +34,7 @@ class Measured(Suite):
         """One first call of each compiler; with two pairs the second one goes first in its turn."""
         taken: dict[str, list[float]] = {backend: [] for backend in BACKENDS}
         for backend in BACKENDS if self.settings.quick else (*BACKENDS, *reversed(BACKENDS)):
-            with tempfile.TemporaryDirectory() as caches:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:
                 with Worker(backend, case, layers_of(self.settings), Path(caches)) as worker:
                     taken[backend].append(worker.answer())
         ours, theirs = (statistics.median(taken[backend]) for backend in BACKENDS)

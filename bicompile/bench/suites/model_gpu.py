@@ -105,7 +105,7 @@ class Measured(Suite):
         wanted = [(backend, case) for case in cases if isinstance(case, Case) for backend in BACKENDS]
         checked = [case.case for case in cases if isinstance(case, Bits)]
         wanted += [("batch_invariant", case) for case in [*checked, *([REFERENCE] if checked else [])]]
-        with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary, contextlib.ExitStack() as stack:
             caches, layers = self.settings.caches or Path(temporary), layers_of(self.settings)
             for key in dict.fromkeys(wanted):
                 self.workers[key] = stack.enter_context(Worker(*key, layers, caches))

@@ -502,7 +502,7 @@ def test_error_is_not_much_above_that_of_torch(dtype: torch.dtype, causal: bool)
 
 _ISA_PROGRAM = """
 import sys, torch
-import bicompile
+import bicompile.backend  # registers the ops
 ops, results = torch.ops.bicompile, []
 for grad, q, k, v, mask, causal in torch.load(sys.argv[1]):
     out, lse = ops.sdpa(q, k, v, mask, causal, 0.2)

@@ -195,7 +195,7 @@ def test_wrong_arguments_are_named(fake: bool):
 
 _ISA_PROGRAM = """
 import sys, torch
-import bicompile
+import bicompile.backend  # registers the ops
 xs = torch.load(sys.argv[1])
 ops = torch.ops.bicompile
 torch.save([(ops.cumsum(x, d, x.dtype), ops.cumprod(x, d, x.dtype), ops.logcumsumexp(x, d))

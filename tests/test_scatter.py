@@ -304,7 +304,7 @@ def test_wrong_arguments_are_named():
 
 _ISA_PROGRAM = """
 import sys, torch
-import bicompile
+import bicompile.backend  # registers the ops
 results = [getattr(torch.ops.bicompile, name)(*arguments) for name, arguments in torch.load(sys.argv[1])]
 torch.save(results, sys.argv[2])
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import warnings
@@ -216,6 +217,7 @@ def test_name_is_known_when_transformers_comes_later_and_the_import_system_is_as
 
 
 def test_an_older_transformers_warns_and_stays_importable(monkeypatch: pytest.MonkeyPatch):
+    importlib.import_module("transformers.modeling_utils")
     monkeypatch.setitem(sys.modules, "transformers.masking_utils", None)
     with pytest.warns(UserWarning, match="older than 5"):
         register_on_import()

@@ -92,6 +92,11 @@ class _LoweringMode(TorchDispatchMode):
         self._allow = allow
         self._on_refused = on_refused
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Compiled code is compiled inside the context too; Dynamo would run it as it is beneath any other mode."""
+        return True
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

@@ -186,3 +186,19 @@ def test_glu_has_the_bits_of_compiled_code(dtype):
         ours = F.glu(x, 1)
     torch.testing.assert_close(ours, F.glu(x, 1))
     assert same_bits(torch.compile(lambda x: F.glu(x, 1), backend="batch_invariant", fullgraph=True)(x), ours)
+
+
+def test_code_is_compiled_inside_the_context_too():
+    """With what lies between two graphs covered; Dynamo would leave all of it uncompiled beneath another mode."""
+
+    def scores(x):
+        y = F.gelu(x @ x.mT)
+        torch._dynamo.graph_break()
+        return F.softmax(y.sum(-1) * torch.sigmoid(x).mean(), -1)
+
+    x, counters = torch.randn(4, 300, 5), torch._dynamo.utils.counters
+    counters.clear()
+    with bicompile.eager():
+        ours = scores(x)
+        assert same_bits(torch.compile(scores, backend="batch_invariant")(x), ours)
+        assert counters["stats"]["unique_graphs"] == 2

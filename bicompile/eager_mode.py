@@ -28,7 +28,7 @@ from .interception import intercept_attention
 from .lowering.elementwise.op import PINNED_BINARY, PINNED_UNARY
 from .lowering.gpu.device import unsupported
 from .passes.lower_norms import BACKWARD_RULES
-from .passes.op_classes import exact_by_name, is_view, op_name
+from .passes.op_classes import draws_one_number, exact_by_name, is_view, op_name
 from .passes.pipeline import RULES
 from .passes.rewriting import Replacement, bind
 from .writes import WRITES, ordered
@@ -181,7 +181,7 @@ def _runs_as_it_is(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, An
     if exact_by_name(func) or is_view(func) or torch.Tag.inplace_view in func.tags:
         return True
     if torch.Tag.nondeterministic_seeded in func.tags:
-        return False
+        return draws_one_number(func, args)
     name = op_name(func).replace("prims.", "aten.").rstrip("_")
     if any(t.is_complex() for t in tensors):
         return False

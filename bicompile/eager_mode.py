@@ -43,7 +43,7 @@ _CORRECTLY_ROUNDED = frozenset(
     aten.bitwise_xor aten.ceil aten.clamp aten.clamp_max aten.clamp_min aten.copysign aten.div aten.eq aten.floor
     aten.fmax aten.fmin aten.frac aten.frexp aten.ge aten.gt aten.isfinite aten.isinf aten.isnan aten.le
     aten.logical_and aten.logical_not aten.logical_or aten.logical_xor aten.lt aten.maximum aten.minimum aten.mul
-    aten.ne aten.neg aten.reciprocal aten.relu aten.round aten.sgn aten.sign aten.signbit aten.sqrt
+    aten.ne aten.neg aten.reciprocal aten.relu aten.round aten.sgn aten.sign aten.signbit
     aten.threshold_backward aten.trunc
     """.split()
 )
@@ -191,9 +191,9 @@ def _runs_as_it_is(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, An
         return bind(func, args, kwargs).get("alpha", 1) == 1
     if on_gpu and name == "aten.div":  # by a number, PyTorch multiplies by the reciprocal
         return len(args) == 2 and all(isinstance(x, Tensor) and x.is_cuda and x.is_floating_point() for x in args)
-    if name == "aten.pow" and real and not on_gpu:  # squares and square roots are one operation
+    if name == "aten.pow" and real and not on_gpu:  # a square is one operation
         exponent = bind(func, args, kwargs).get("exponent")
-        return not isinstance(exponent, Tensor) and exponent in (0, 1, 2, 0.5)
+        return not isinstance(exponent, Tensor) and exponent in (0, 1, 2)
     integers = bool(tensors) and not real
     return integers and not _makes_real(func, kwargs)
 

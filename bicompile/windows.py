@@ -315,6 +315,11 @@ def _pool_outputs(
     return outputs
 
 
+def _reaching(kernel: Sequence[int], sizes: Sequence[Any], padding: Sequence[int]) -> list[int]:
+    """The kernel without what is beyond the input and its padding where a window may end there: ``ceil_mode``."""
+    return [int(n + 2 * p) if k > n + 2 * p else k for k, n, p in zip(kernel, sizes, padding, strict=True)]
+
+
 def _mean_pool(dims: int) -> Callable[..., Tensor]:
     def avg_pool(
         x: Tensor,
@@ -331,8 +336,9 @@ def _mean_pool(dims: int) -> Callable[..., Tensor]:
         strides, pads = _per_dim(stride or kernel, dims), _per_dim(padding, dims)
         sizes = x.shape[-dims:]
         outputs = _pool_outputs(sizes, kernel, strides, pads, ceil_mode)
-        after = [(o - 1) * s + k - n - p for o, s, k, n, p in zip(outputs, strides, kernel, sizes, pads, strict=True)]
-        sums = _window_sums(_padded(_wide(x), pads, after), kernel, strides)
+        reach = _reaching(kernel, sizes, pads)
+        after = [(o - 1) * s + k - n - p for o, s, k, n, p in zip(outputs, strides, reach, sizes, pads, strict=True)]
+        sums = _window_sums(_padded(_wide(x), pads, after), reach, strides)
         divisor = _divisors(x, sizes, outputs, kernel, strides, pads, count_include_pad, divisor_override)
         return _like(x, (sums / divisor).to(x.dtype))
 
@@ -355,9 +361,10 @@ def _mean_pool_backward(dims: int) -> Callable[..., Tensor]:
         sizes, outputs = x.shape[-dims:], grad.shape[-dims:]
         divisor = _divisors(x, sizes, outputs, kernel, strides, pads, count_include_pad, divisor_override)
         shares = _stuffed(_wide(grad) / divisor, strides)
-        before = [k - 1 - p for k, p in zip(kernel, pads, strict=True)]
+        reach = _reaching(kernel, sizes, pads)
+        before = [k - 1 - p for k, p in zip(reach, pads, strict=True)]
         after = [n + p - (o - 1) * s - 1 for n, p, o, s in zip(sizes, pads, outputs, strides, strict=True)]
-        sums = _window_sums(_padded(shares, before, after), kernel, [1] * dims)
+        sums = _window_sums(_padded(shares, before, after), reach, [1] * dims)
         return _like(x, sums.to(grad.dtype))
 
     return avg_pool_backward

@@ -9,6 +9,7 @@ A denylist would not do: the next fused op of PyTorch would not be on it.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,13 +73,18 @@ def is_exact(node: Node) -> bool:
     if target is aten.index_put.default or target is aten._unsafe_index_put.default:
         return not _flag(node, "accumulate") or _integers_only(node)
     if torch.Tag.nondeterministic_seeded in target.tags:
-        return False
+        return draws_one_number(target, node.args)
     return exact_by_name(target) or is_view(target) or _integers_only(node)
 
 
 def exact_by_name(target: OpOverload) -> bool:
     """Whether the op moves, compares or selects values, whatever their dtype."""
     return op_name(target) in _EXACT_NAMES and target not in (aten.scatter.reduce, aten.scatter.value_reduce)
+
+
+def draws_one_number(target: OpOverload, args: Sequence[Any]) -> bool:
+    """Whether the op draws a single random number, for no row in particular: layer drop draws one for each layer."""
+    return target in (aten.rand.default, aten.randn.default) and len(args[0]) == 0
 
 
 _COMPARISONS = frozenset("aten.eq aten.ne aten.lt aten.le aten.gt aten.ge".split())

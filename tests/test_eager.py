@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import bicompile
 from bicompile.eager_mode import _is_composite
+from bicompile.errors import UnsupportedOpError
 from bicompile.lowering.elementwise.gpu import compiled
 from bicompile.testing import same_bits
 
@@ -186,3 +187,33 @@ def test_glu_has_the_bits_of_compiled_code(dtype):
         ours = F.glu(x, 1)
     torch.testing.assert_close(ours, F.glu(x, 1))
     assert same_bits(torch.compile(lambda x: F.glu(x, 1), backend="batch_invariant", fullgraph=True)(x), ours)
+
+
+def test_code_is_compiled_inside_the_context_too():
+    """With what lies between two graphs covered; Dynamo would leave all of it uncompiled beneath another mode."""
+
+    def scores(x):
+        y = F.gelu(x @ x.mT)
+        torch._dynamo.graph_break()
+        return F.softmax(y.sum(-1) * torch.sigmoid(x).mean(), -1)
+
+    x, counters = torch.randn(4, 300, 5), torch._dynamo.utils.counters
+    counters.clear()
+    with bicompile.eager():
+        ours = scores(x)
+        assert same_bits(torch.compile(scores, backend="batch_invariant")(x), ours)
+        assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_one_random_number_for_the_whole_call_is_not_refused():
+    """Layer drop draws one for each layer, in evaluation too, where it is not looked at."""
+
+    def drops(x):
+        return x * (torch.rand([]) < 2)
+
+    x = torch.randn(3, 5)
+    with bicompile.eager():
+        assert same_bits(drops(x), x)
+        with pytest.raises(UnsupportedOpError, match="aten.rand.default"):
+            torch.rand(3)
+    assert same_bits(torch.compile(drops, backend="batch_invariant", fullgraph=True)(x), x)

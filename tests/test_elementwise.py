@@ -17,6 +17,7 @@ from torch._inductor import metrics
 from torch._inductor.codegen import cpp
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
+import bicompile
 from bicompile.errors import UnsupportedOpError
 from bicompile.lowering import native
 from bicompile.lowering.elementwise import codegen_cpu
@@ -32,7 +33,7 @@ _SETTINGS = {
     "fallback_random": True,
     "fx_graph_cache": False,  # whose key would have to be salted, see signature()
 }
-_OURS = "exp exp2 expm1 log log2 log10 log1p sigmoid tanh erf sin cos rsqrt".split()
+_OURS = "exp exp2 expm1 log log2 log10 log1p sigmoid tanh erf sin cos rsqrt sqrt".split()
 _LIBM = sorted(set(PINNED_UNARY.values()) - set(_OURS))
 _DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 _SPECIAL = (
@@ -247,7 +248,7 @@ def _ulps(name: str, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "bound"),
     [("exp", 1.0), ("exp2", 1.0), ("expm1", 1.6), ("log", 1.0), ("log2", 1.6), ("log10", 1.1), ("log1p", 1.5)]
-    + [("sigmoid", 2.2), ("tanh", 2.4), ("erf", 1.0), ("sin", 1.6), ("cos", 1.6), ("rsqrt", 1.5)],
+    + [("sigmoid", 2.2), ("tanh", 2.4), ("erf", 1.0), ("sin", 1.6), ("cos", 1.6), ("rsqrt", 1.5), ("sqrt", 0.0)],
 )
 def test_our_functions_are_accurate_in_every_binade(name: str, bound: float) -> None:
     bits = torch.arange(-(2**31), 2**31, 20011, dtype=torch.int64).to(torch.int32)
@@ -270,6 +271,7 @@ def test_special_values_are_what_ieee_754_says() -> None:
         "exp": [(-inf, 0.0), (inf, inf), (0.0, 1.0), (-0.0, 1.0), (89.0, inf), (-104.0, 0.0), (nan, nan)],
         "exp2": [(-149.0, 2.0**-149), (10.0, 1024.0), (128.0, inf), (-126.0, 2.0**-126)],
         "expm1": [(-0.0, -0.0), (-inf, -1.0), (inf, inf), (1e-45, 1e-45)],
+        "sqrt": [(0.0, 0.0), (-0.0, -0.0), (inf, inf), (-1.0, nan), (nan, nan), (4.0, 2.0)],
         "log": [(0.0, -inf), (-0.0, -inf), (inf, inf), (-1.0, nan), (1.0, 0.0), (nan, nan)],
         "log2": [(8.0, 3.0), (2.0**-149, -149.0), (0.0, -inf)],
         "log1p": [(-0.0, -0.0), (-1.0, -inf), (-2.0, nan), (inf, inf), (1e-45, 1e-45)],
@@ -325,6 +327,8 @@ def test_powers_by_numbers_have_the_bits_of_compiled_ones(dtype: torch.dtype) ->
     for n, result in zip(exponents, results, strict=False):
         number = torch.tensor(float(n)).expand(200)
         assert same_bits(result, torch.ops.bicompile.binary(x, number, "pow_by_number")), n
+        with bicompile.eager():
+            assert same_bits(x**n, result), n
     for base, result in zip((2.0, 1.3), results[len(exponents) :], strict=True):
         assert same_bits(result, torch.ops.bicompile.binary(torch.tensor(base).expand(200), x, "pow_of_number")), base
 

@@ -128,3 +128,14 @@ def test_error_is_no_worse_than_that_of_stock():
             ours = forward_and_gradient(fn, x)
         for truth, theirs, mine in zip(exact, stock, ours, strict=True):
             assert (mine.double() - truth).abs().max() <= 2 * (theirs.double() - truth).abs().max()
+
+
+def test_a_window_far_larger_than_the_image_costs_no_more_than_the_image():
+    """EfficientNet pools so; with the window's own size in memory, this test would ask for 16 TB."""
+    x = torch.randn(2, 3, 5, 8, requires_grad=True)
+    stock = F.avg_pool2d(x, 1_000_000, ceil_mode=True)
+    with bicompile.eager():
+        ours = F.avg_pool2d(x, 1_000_000, ceil_mode=True)
+        (gradient,) = torch.autograd.grad(ours.sum(), x)
+    torch.testing.assert_close(ours, stock)
+    torch.testing.assert_close(gradient, torch.autograd.grad(stock.sum(), x)[0])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("transformers")
 
+import transformers
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 from transformers_zoo import CAUSAL, padded, tokens
@@ -226,3 +227,13 @@ def test_an_older_transformers_warns_and_stays_importable(monkeypatch: pytest.Mo
 def test_name_is_known_when_transformers_was_first():
     code = "import transformers.modeling_utils, bicompile; bicompile.transformers.register()"
     assert _python(code + CHECK) == "batch_invariant True"
+
+
+def test_models_with_attention_of_their_own_do_not_take_the_name():
+    """They would add a boolean mask to their scores."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 20, "intermediate_size": 40}
+    config = transformers.MPNetConfig(**sizes, num_attention_heads=4)
+    assert transformers.MPNetModel(config) is not None
+    config._attn_implementation = "batch_invariant"
+    with pytest.raises(ValueError, match="MPNetModel computes attention, if any, in code of its own"):
+        transformers.MPNetModel(config)

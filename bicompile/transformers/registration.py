@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 import warnings
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 NAME = "batch_invariant"
 # The module that holds transformers' table of attention functions; every model imports it.
@@ -22,7 +24,7 @@ def register() -> None:
         ImportError: transformers is not installed, or older than 5.
     """
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-    from transformers.modeling_utils import AttentionInterface
+    from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
     from .attention import attention_forward
     from .paged import paged_attention_forward
@@ -31,6 +33,30 @@ def register() -> None:
     # generate_batch() puts "paged|" before the name, and makes no mask for names that it does not know.
     AttentionInterface.register(f"paged|{NAME}", paged_attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    _check_models(PreTrainedModel)
+
+
+def _check_models(base: Any) -> None:
+    """Refuse our name, as transformers refuses ``sdpa``, to models that compute attention in code of their own.
+
+    They would be given a boolean mask, and add it to their scores.
+    """
+    check = base.get_correct_attn_implementation
+    if hasattr(check, "__wrapped__"):
+        return
+
+    @functools.wraps(check)
+    def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
+        ours = requested_attention is not None and requested_attention.rpartition("|")[2] == NAME
+        if ours and not (self._supports_sdpa or self._supports_attention_backend):
+            raise ValueError(
+                f"{type(self).__name__} computes attention, if any, in code of its own, which knows no implementation "
+                f'called "{NAME}". Leave attn_implementation out: torch.compile(backend="batch_invariant") and '
+                "bicompile.eager() cover that code too."
+            )
+        return check(self, requested_attention, *args, **kwargs)
+
+    base.get_correct_attn_implementation = checked
 
 
 def register_on_import() -> None:

@@ -39,7 +39,7 @@ _HEADERS = ("elementwise/inductor_cpu.h", "elementwise/math.h", "native/simd.h")
 _PREFIX = "#include <torch/csrc/inductor/cpp_prefix.h>"
 
 # Ours, of IEEE operations (see math.h).
-_OURS = frozenset("exp exp2 expm1 log log2 log10 log1p sigmoid tanh erf sin cos rsqrt pow".split())
+_OURS = frozenset("exp exp2 expm1 log log2 log10 log1p sigmoid tanh erf sin cos rsqrt sqrt pow".split())
 # Ours for floating point, Inductor's for integers: NaN, signed zero or rounding differ between vector and scalar code.
 # Sums and products do where two NaNs meet, because the compiler may swap the operands.
 _OURS_IF_REAL = {
@@ -66,7 +66,7 @@ _EXACT = frozenset(
     abs and_ bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift bitwise_xor ceil ceil_to_int
     constant copysign div_rn eq floor floor_to_int floordiv frexp ge gt identity index_expr int_truediv isinf isnan
     ldexp le logical_and logical_not logical_or logical_xor lshift lt masked ne neg or_ reciprocal round
-    rshift sign signbit sqrt square sub to_dtype to_dtype_bitcast truediv trunc trunc_to_int truncdiv
+    rshift sign signbit square sub to_dtype to_dtype_bitcast truediv trunc trunc_to_int truncdiv
     value_expr where xor
     """.split()
 )

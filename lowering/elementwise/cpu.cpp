@@ -48,7 +48,8 @@ void map_binary(Lane<Vec>* a, const Lane<Vec>* b, int64_t n) {
     }                                                                                     \
   };
 #define BICOMPILE_UNARY_OURS(F) \
-  F(exp) F(exp2) F(expm1) F(log) F(log2) F(log10) F(log1p) F(sigmoid) F(tanh) F(erf) F(erfc) F(sin) F(cos) F(rsqrt)
+  F(exp) F(exp2) F(expm1) F(log) F(log2) F(log10) F(log1p) F(sigmoid) F(tanh) F(erf) F(erfc) F(sin) F(cos) F(rsqrt) \
+  F(sqrt)
 #define BICOMPILE_UNARY_LIBM(F) F(tan) F(asin) F(acos) F(atan) F(sinh) F(cosh) F(asinh) F(acosh) F(atanh) F(lgamma)
 #define BICOMPILE_BINARY_OURS(F) F(pow) F(pow_by_number) F(pow_of_number) F(fmod) F(remainder)
 #define BICOMPILE_BINARY_LIBM(F) F(atan2) F(hypot) F(nextafter)

@@ -314,9 +314,14 @@ BICOMPILE_INLINE Vec fused(Vec a, Vec b, Vec c) {
   return fma(a, b, c);
 }
 
+// Correctly rounded, which torch.sqrt is not where MKL computes it.
+template <class Vec>
+BICOMPILE_INLINE Vec sqrt(Vec x) {
+  return bicompile::sqrt(x);
+}
 template <class Vec>
 BICOMPILE_INLINE Vec rsqrt(Vec x) {
-  return splat_as<Vec>(1) / sqrt(x);
+  return splat_as<Vec>(1) / bicompile::sqrt(x);
 }
 
 // NaN if either is; the second of two equal ones, which settles the sign of zero.

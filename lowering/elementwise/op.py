@@ -18,7 +18,7 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 _UNARY_NAMES = (
     "acos acosh asin asinh atan atanh cos cosh erf erfc exp exp2 expm1 lgamma log log10 log1p log2 rsqrt sigmoid sin "
-    "sinh tan tanh"
+    "sinh sqrt tan tanh"
 ).split()
 
 # ATen ops and the names that ``bicompile::unary`` and ``bicompile::binary`` know them by.

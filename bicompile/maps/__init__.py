@@ -1,4 +1,4 @@
-"""Maps of what is covered, found out by trying: ``ops`` goes through PyTorch's own database of ops."""
+"""Maps of what is covered, found out by trying: ``ops`` of PyTorch's own database, ``models`` of transformers."""
 
 from .command import add_command
 

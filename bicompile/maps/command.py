@@ -12,9 +12,17 @@ from pathlib import Path
 from typing import Any
 
 _DESCRIPTION = """
+Try what is covered, and write what was found into a page. The exit code is 0 only if nothing was wrong.
+"""
+_OPS = """
 Run every op of PyTorch's own test database under batch_invariant on its sample inputs, and say which are exact,
 elementwise, lowered or refused; values are compared with stock PyTorch, and the bits of rows with those of the same
 rows alone and permuted. The exit code is 0 only if nothing was wrong.
+"""
+_MODELS = """
+Run tiny random models of the architectures of transformers under batch_invariant, inside eager() and compiled: values
+against stock PyTorch, rows alone and in company, prefill against decode, padding. The file is written after each model,
+and keeps those that are not named. The exit code is 0 only if nothing was wrong.
 """
 _NEEDS = (
     "bicompile map needs pytest and expecttest, which PyTorch's test database imports: pip install 'bicompile[test]'"
@@ -23,16 +31,58 @@ _NEEDS = (
 
 def add_command(commands: Any) -> None:
     """Add ``map`` to an ``argparse`` collection of sub-commands."""
-    parser = commands.add_parser("map", help="find out which ops are covered", description=_DESCRIPTION)
-    parser.add_argument("subject", choices=["ops"], help="what to go through")
+    parser = commands.add_parser("map", help="find out which ops and models are covered", description=_DESCRIPTION)
+    subjects = parser.add_subparsers(metavar="SUBJECT", required=True)
+    _add_ops(subjects.add_parser("ops", help="PyTorch's database of ops", description=_OPS))
+    _add_models(subjects.add_parser("models", help="architectures of transformers", description=_MODELS))
+
+
+def _add_ops(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=6, help="sample inputs of each op (default: %(default)s)")
     parser.add_argument("--compiled", type=int, default=0, metavar="N", help="compile N ops of each dtype too")
     parser.add_argument("--seed", type=int, default=0, help="which ops are compiled (default: %(default)s)")
     parser.add_argument("--write", type=Path, metavar="DIR", help="write DIR/ops.md and DIR/ops.json")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run_ops)
 
 
-def run(args: argparse.Namespace) -> int:
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", metavar="NAME,...", help="these models, not all")
+    parser.add_argument("--eager", action="store_true", help="compile nothing")
+    parser.add_argument("--quick", action="store_true", help="compile the graph of a batch, not of a row")
+    parser.add_argument("--write", type=Path, metavar="DIR", help="write DIR/models.md and DIR/models.json")
+    parser.set_defaults(run=run_models)
+
+
+def run_models(args: argparse.Namespace) -> int:
+    """Make the map of models; the exit code."""
+    try:
+        from tqdm import tqdm
+
+        from . import models, models_page
+        from .architectures import SUBJECTS, named
+    except ModuleNotFoundError as error:
+        print(f"bicompile map models needs transformers: pip install 'bicompile[hf]' ({error})")
+        return 2
+    compiled = () if args.eager else models.COMPILED if args.quick else models.ALONE
+    chosen = [named(name) for name in args.only.split(",")] if args.only else list(SUBJECTS)
+    found = models_page.read(args.write) if args.write else {}
+    for subject in (bar := tqdm(chosen, unit="model", disable=None)):
+        bar.set_description(subject.name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found[subject.name] = models.entry_of(subject, compiled)
+        if args.write:
+            entries = [found[s.name] for s in SUBJECTS if s.name in found]
+            models_page.write(args.write, entries, models_page.made_now())
+    made = [found[subject.name] for subject in chosen]
+    for entry in made:
+        if entry.detail:
+            print(f"{entry.model} ({entry.kind}): {'; '.join(entry.detail)}")
+    print(f"{models_page.counts(made)}, in {sum(entry.seconds for entry in made):.0f} s")
+    return 1 if any(entry.kind == "wrong" for entry in made) else 0
+
+
+def run_ops(args: argparse.Namespace) -> int:
     """Make the map; the exit code."""
     try:
         entries = ops_map(args.samples, args.compiled, args.seed)

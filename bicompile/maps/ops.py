@@ -112,12 +112,12 @@ def _faults_into(entry: Entry) -> Iterator[None]:
     try:
         yield
     except UnsupportedOpError as error:
-        entry.note("refused", [_refused_op(str(error))])
+        entry.note("refused", [refused_op(str(error))])
     except Exception as error:
         entry.note("wrong", [f"{type(error).__name__}: {str(error).strip()[:300]}"])
 
 
-def _refused_op(message: str) -> str:
+def refused_op(message: str) -> str:
     """The op that a refusal names, of eager code (``aten.x: no ...``) or of a graph (``  aten.x -> float32...``)."""
     found = re.search(r"(\w+\.\w+\.\w+)(?:: | -> )", message)
     return found[1] if found else message.partition(":")[0]
@@ -192,7 +192,7 @@ def _stock(op: Callable[..., Any], args: Any, kwargs: Any) -> Stock | None:
     try:
         wide = tree_map(_widened, (args, kwargs))
         exact = _tensors(_run(op, *wide))
-        errors = [_distance(a, b) for a, b in zip(tensors, exact, strict=True)]
+        errors = [distance(a, b) for a, b in zip(tensors, exact, strict=True)]
     except Exception:  # not an op of float64
         errors = [0.0] * len(tensors)
     return Stock(tensors, errors)
@@ -204,7 +204,7 @@ def _widened(leaf: Any) -> Any:
     return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
-def _distance(a: Tensor, b: Tensor) -> float:
+def distance(a: Tensor, b: Tensor) -> float:
     """The largest difference between finite numbers; 0 where there are none."""
     if not a.is_floating_point() or a.layout != torch.strided:
         return 0.0

@@ -66,7 +66,10 @@ def test_sample_has_same_bits_in_any_batch(name: str, dtype: torch.dtype):
             assert same_bits([t.contiguous() for t in forward_and_gradient(module, last)], whole)
 
 
-@pytest.mark.parametrize(("name", "dynamic"), [("2d strided", True), ("2d depthwise", False), ("2d transposed", True)])
+# Inductor's codegen for the CPU takes long for two dims of dynamic size.
+@pytest.mark.parametrize(
+    ("name", "dynamic"), [("1d", True), ("2d strided", False), ("2d depthwise", False), ("2d transposed", False)]
+)
 def test_compiled_code_has_the_bits_of_eager_code(name: str, dynamic: bool):
     make, shape = MODULES[name]
     torch.manual_seed(0)

@@ -92,7 +92,7 @@ def add_command(commands: Any) -> None:
         "--inputs", metavar="MODULE:CALLABLE", help="a function that returns the inputs: a tuple, a dict, or one tensor"
     )
     parser.add_argument("--inference", action="store_true", help="in eval mode and without gradients")
-    parser.add_argument("--dtype", default="float32", help="of weights and of inputs that name none: %(default)s")
+    parser.add_argument("--dtype", help="of weights, else as they are, and of inputs that name none, else float32")
     parser.add_argument("--device", default="cpu", help="where weights and inputs are put (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs and weights (default: %(default)s)")
     parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or print it")
@@ -125,7 +125,7 @@ def certificate_of(args: argparse.Namespace) -> Certificate:
         ExplainError: something named there cannot be found, made or called.
     """
     specs = [parse_input(text) for text in args.input]
-    dtype = dtype_of(args.dtype, "--dtype")
+    dtype = dtype_of(args.dtype, "--dtype") if args.dtype else None
     torch.manual_seed(args.seed)
     target = load(args.target, "TARGET")
     with _saying(f"{args.target} cannot be made"):
@@ -138,7 +138,7 @@ def certificate_of(args: argparse.Namespace) -> Certificate:
     positional, keyword = _given_inputs(args.inputs) if args.inputs else ([], {})
     with _saying("the inputs cannot be made"):
         for spec in specs:
-            made = spec.value(generator, dtype, args.device)
+            made = spec.value(generator, dtype or torch.float32, args.device)
             if spec.name:
                 keyword[spec.name] = made
             else:
@@ -147,7 +147,7 @@ def certificate_of(args: argparse.Namespace) -> Certificate:
             Tensor, lambda t: t.to(args.device), (positional, keyword)
         )
         if isinstance(fn, nn.Module):
-            fn = fn.to(args.device, dtype) if args.dtype != "float32" else fn.to(args.device)
+            fn = fn.to(args.device, dtype)
     if not any(isinstance(leaf, Tensor) for leaf in torch.utils._pytree.tree_leaves((positional, keyword))):
         raise ExplainError(
             f"expected an input that holds the batch, got none; give one for each of {_parameters(fn)}, for instance "

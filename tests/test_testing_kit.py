@@ -279,16 +279,19 @@ def test_the_message_names_output_row_element_situation_and_bits():
         assert part in str(error)
 
 
+class Doubles(torch.autograd.Function):
+    """Twice the input, with a gradient that follows the number of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2.0 * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2.0 * grad + 1e-3 * len(grad)
+
+
 def test_a_gradient_that_follows_the_batch_is_caught_only_when_asked_for():
-    class Doubles(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return 2.0 * x
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            return 2.0 * grad + 1e-3 * len(grad)
-
     assert_batch_invariant(Doubles.apply, rows())
     with pytest.raises(BatchInvarianceError, match=r"gradient of args\[0\], row 0 of 6") as caught:
         assert_batch_invariant(Doubles.apply, rows(), check_input_grad=True)

@@ -22,6 +22,8 @@ ADMISSION = Admission(
         _HERE / name
         for name in (
             "kernels.py",
+            "split_kernels.py",
+            "rows_kernel.py",
             "hopper.py",
             "backward_kernels.py",
             "order.py",

@@ -12,7 +12,7 @@ from bicompile.lowering.gpu.ahead import Compilation
 
 from .backward_kernels import key_kernel, query_kernel
 from .hopper import ROWS, hopper_kernel
-from .kernels import merge_kernel, split_kernel, tile_kernel
+from .kernels import tile_kernel
 from .order import gpu_order_for
 from .schedule import (
     DEEP_BACKWARD,
@@ -27,6 +27,7 @@ from .schedule import (
     merged_at_once,
     read_table,
 )
+from .split_kernels import merge_kernel, split_kernel
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 _LOOSE = ("queries", "keys", "heads", "kv_heads", "num_rows")

@@ -12,7 +12,7 @@ from bicompile.lowering.gpu.device import device_key
 from bicompile.lowering.gpu.launch import INTERPRETED, on_device
 
 from .admitted import choose
-from .kernels import merge_kernel, split_kernel, tile_kernel
+from .kernels import tile_kernel
 from .order import GpuAttentionOrder
 from .problem import TYPES, Problem, RowInfo, cdiv, launch, mask_strides, problem_of, row_info
 from .schedule import (
@@ -27,6 +27,7 @@ from .schedule import (
     tile_schedules,
     wants_split,
 )
+from .split_kernels import merge_kernel, split_kernel
 
 
 def new_outputs(p: Problem) -> tuple[Tensor, Tensor]:

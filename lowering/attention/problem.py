@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bicompile.lowering.gpu.launch import INTERPRETED, on_device
 
-from .kernels import rows_kernel
 from .order import HIDDEN_BELOW, GpuAttentionOrder, gpu_order_for
+from .rows_kernel import rows_kernel
 
 _LOG2E = 1.4426950408889634
 _COMPILED: dict[Any, Any] = {}

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from bicompile.lowering.gpu.ahead import Compilation
 
-from . import gpu
+from . import gpu, gpu_kernels
 from .schedule import REFERENCE, REFERENCE_ELEMENTS, element_schedule_for, row_schedule_for
 
 _TYPES = {"fp32": tl.float32, "bf16": tl.float32, "fp16": tl.float32, "fp64": tl.float64}
@@ -21,7 +21,7 @@ def aot_cases() -> Iterator[Compilation]:
         signature = {"index_ptr": "*i64:16", "keys_ptr": f"*{keys}:16"}
         signature |= {name: "i64" for name in ("n", "columns", "count", "step")}
         constants = {"WRAP": True, "BLOCK": gpu._FLAT}
-        yield Compilation(f"scatter keys {keys}", gpu._keys_kernel, signature, constants, 4, 1, {"debug": True})
+        yield Compilation(f"scatter keys {keys}", gpu_kernels.keys_kernel, signature, constants, 4, 1, {"debug": True})
     for dtype, acc in _TYPES.items():
         yield _canonical(dtype)
         for how, mean in (("add", False), ("add", True), ("multiply", False), ("larger", False), ("smaller", False)):
@@ -31,7 +31,7 @@ def aot_cases() -> Iterator[Compilation]:
 
 def _canonical(dtype: str) -> Compilation:
     signature = {"x_ptr": f"*{dtype}:16", "out_ptr": f"*{dtype}:16", "n": "i64"}
-    return Compilation(f"scatter copy {dtype}", gpu._canonical_kernel, signature, {"BLOCK": gpu._FLAT}, 4, 1)
+    return Compilation(f"scatter copy {dtype}", gpu_kernels.canonical_kernel, signature, {"BLOCK": gpu._FLAT}, 4, 1)
 
 
 def _rows(dtype: str, acc: tl.dtype, how: str, mean: bool) -> Iterator[Compilation]:
@@ -44,10 +44,10 @@ def _rows(dtype: str, acc: tl.dtype, how: str, mean: bool) -> Iterator[Compilati
         what = {"HOW": how, "START": 0.0, "FROM_SELF": True, "MEAN": mean, "ACC": acc, "LONG": schedule.long}
         constants = {**what, "BLOCK": schedule.block, "AHEAD": schedule.ahead}
         name = f"scatter rows {dtype} {how} mean={mean} {schedule}"
-        yield Compilation(name, gpu._walk_rows_kernel, signature, constants, schedule.warps, 1)
+        yield Compilation(name, gpu_kernels.walk_rows_kernel, signature, constants, schedule.warps, 1)
         if schedule.long:
             constants = {**what, "BLOCK": schedule.long_block, "AHEAD": schedule.long_ahead}
-            yield Compilation(f"long {name}", gpu._walk_long_rows_kernel, signature, constants, 1, 1)
+            yield Compilation(f"long {name}", gpu_kernels.walk_long_rows_kernel, signature, constants, 1, 1)
 
 
 def _elements(dtype: str, acc: tl.dtype, how: str) -> Iterator[Compilation]:
@@ -58,7 +58,7 @@ def _elements(dtype: str, acc: tl.dtype, how: str) -> Iterator[Compilation]:
         name = f"scatter elements {dtype} {how} {schedule}"
         if schedule.walk == "columns":
             types = {**signature, "length": "i64", "columns": "i64"}
-            yield Compilation(name, gpu._walk_columns_kernel, types, constants, schedule.block // 32, 1)
+            yield Compilation(name, gpu_kernels.walk_columns_kernel, types, constants, schedule.block // 32, 1)
         else:
             types = {**signature, "positions_ptr": "*i64:16", "n": "i64"}
-            yield Compilation(name, gpu._walk_sorted_kernel, types, constants, 4, 1)
+            yield Compilation(name, gpu_kernels.walk_sorted_kernel, types, constants, 4, 1)

@@ -48,5 +48,6 @@ def _walked(total: Tensor, index: Tensor, values: Tensor, schedule: ElementSched
 
 
 _HERE = Path(__file__).resolve().parent
-SCATTERS = SelfTest("scatter", [_HERE / "selftest.py", _HERE / "gpu.py", _HERE / "schedule.py"], _cases)
+_SOURCES = ("selftest.py", "gpu.py", "gpu_kernels.py", "schedule.py")
+SCATTERS = SelfTest("scatter", [_HERE / name for name in _SOURCES], _cases)
 require_scatters = SCATTERS.require

@@ -1,0 +1,187 @@
+"""The forward kernels for splits of keys over programs: one tile of query rows over some splits, and the merge.
+
+They follow ``order.GpuAttentionOrder``, as ``kernels.tile_kernel`` does in one program.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .kernels import (
+    load_queries,
+    merge,
+    scale_of,
+    split_start,
+    splits_in,
+    start_of,
+    store_nothing,
+    store_part,
+    store_rows,
+    tile_pass,
+    walk,
+)
+
+
+@triton.jit
+def split_pass(
+    part, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query, mask_k,
+    part_ptr, stats_ptr, num_rows, row_id, out_row, lse_row,
+    PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr,
+    EVEN_V: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+):  # fmt: skip
+    """``rows`` of a tile over PARTS splits of their keys from number ``part`` on; each split's sums are stored.
+
+    With PARTS 0, over all their keys.
+    """
+    if PARTS == 0:
+        tile_pass(
+            anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query, mask_k,
+            out_row, lse_row, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE,
+            E1, S1, E2, S2, S3,
+        )  # fmt: skip
+        return
+    start = anchor + split_start(part, E1, S1, E2, S2, S3)
+    stop = tl.minimum(stop, anchor + split_start(part + PARTS, E1, S1, E2, S2, S3))
+    if start < stop:
+        m = tl.full([BM], float("-inf"), DTYPE)
+        w = tl.zeros([BM, LANES], DTYPE)
+        acc = tl.zeros([BM, BDV], DTYPE)
+        whole = tl.maximum(start_of(anchor, tl.minimum(whole, stop), BN), start)
+        _, _, _, m, w, acc, part = walk(
+            m, m, acc, m, w, acc, part, q, k_p, v_p, b, hk, anchor, start, whole, k_n, v_n, depth, value_depth, c,
+            mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, num_rows, row_id, BM, BN, BD, BDV, EVEN,
+            EVEN_V, LANES, MASK != "additive", MASK, CAUSAL, True, TMA, STAGES, E1, S1, E2, S2, S3,
+        )  # fmt: skip
+        _, _, _, m, w, acc, part = walk(
+            m, m, acc, m, w, acc, part, q, k_p, v_p, b, hk, anchor, whole, stop, k_n, v_n, depth, value_depth, c,
+            mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, num_rows, row_id, BM, BN, BD, BDV, EVEN,
+            EVEN_V, LANES, False, MASK, CAUSAL, True, TMA, 1, E1, S1, E2, S2, S3,
+        )  # fmt: skip
+        # Blocks that reach past ``stop`` may have ended the last split; else it is stored here.
+        if anchor + split_start(part, E1, S1, E2, S2, S3) < stop:
+            store_part(part_ptr, stats_ptr, part, num_rows, row_id, rows, m, w, acc, value_depth, BM, BDV, LANES)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads", "num_rows"])
+def split_kernel(
+    q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, part_ptr, stats_ptr,
+    queries, keys, heads, kv_heads, num_rows, c_high, c_low,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth, value_depth,
+    EARLY: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    EVEN: tl.constexpr, EVEN_V: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    HIDDEN: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+):  # fmt: skip
+    """BM rows, which are the queries of a group of heads, over PARTS splits.
+
+    Grid: (batch * kv heads, tiles, splits / PARTS), the last splits first: they are the longest.
+    With PARTS 0, over all splits, and ``part_ptr`` and ``stats_ptr`` are the output and its statistics.
+
+    Row ``r`` is query ``r // group`` under the group's head ``r % group``: heads that share keys share their loads.
+    EARLY: ``merge_kernel`` may be started before this one has ended, and waits by itself.
+    """
+    if EARLY:
+        gdc_launch_dependents()
+    part = (tl.num_programs(2) - 1 - tl.program_id(2)) * PARTS
+    bh = tl.program_id(0)
+    b = bh // kv_heads
+    hk = bh % kv_heads
+    group = heads // kv_heads
+    row = tl.program_id(1) * BM + tl.arange(0, BM)
+    query = row // group
+    h = hk * group + row % group
+    alive = query < queries
+    b64 = b.to(tl.int64)
+    c = scale_of(c_high, c_low, DTYPE)
+    q_row = q_ptr + b64 * q_b + h.to(tl.int64) * q_h + query.to(tl.int64) * q_n
+    q = load_queries(q_row, alive, depth, BD)
+    if not TMA:
+        k_p += b64 * k_b + hk.to(tl.int64) * k_h
+        v_p += b64 * v_b + hk.to(tl.int64) * v_h
+    row_id = (b64 * heads + h) * queries + query
+    out_row = part_ptr + ((b64 * queries + query) * heads + h) * value_depth
+    lse_row = stats_ptr + row_id
+    if MASK == "none":
+        stop = keys
+        whole = keys
+        if CAUSAL:
+            stop = tl.minimum(keys, tl.max(tl.where(alive, query, 0), 0) + 1)
+            whole = tl.minimum(keys, tl.min(query, 0) + 1)
+        split_pass(
+            part, 0, whole, stop, alive, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, query, query, mask_k,
+            part_ptr, stats_ptr, num_rows, row_id, out_row, lse_row, PARTS, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK,
+            CAUSAL, HIDDEN, TMA, STAGES, DTYPE, E1, S1, E2, S2, S3,
+        )  # fmt: skip
+    else:
+        mask_row = mask_ptr + b64 * mask_b + h.to(tl.int64) * mask_h + query.to(tl.int64) * mask_q
+        info = b64 * info_b + h.to(tl.int64) * info_h + query
+        first = tl.load(first_ptr + info, mask=alive, other=keys)
+        hole = tl.load(hole_ptr + info, mask=alive, other=keys)
+        last = tl.load(last_ptr + info, mask=alive, other=0)
+        if PARTS == 0:
+            store_nothing(out_row, lse_row, BM, BDV, value_depth, alive & (first >= keys), DTYPE)
+        anchor = tl.min(first, 0)
+        while anchor < keys:
+            rows = alive & (first == anchor)
+            stop = tl.max(tl.where(rows, last, 0), 0)
+            whole = tl.min(tl.where(rows, hole, keys), 0)
+            split_pass(
+                part, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row,
+                query, mask_k, part_ptr, stats_ptr, num_rows, row_id, out_row, lse_row, PARTS, BM, BN, BD, BDV, EVEN,
+                EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE, E1, S1, E2, S2, S3,
+            )  # fmt: skip
+            anchor = tl.min(tl.where(first > anchor, first, keys), 0)
+
+
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "num_rows"])
+def merge_kernel(
+    part_ptr, stats_ptr, first_ptr, last_ptr, out_ptr, lse_ptr,
+    queries, keys, heads, num_rows, info_b, info_h, value_depth,
+    EARLY: tl.constexpr, BDV: tl.constexpr, AHEAD: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
+    DTYPE: tl.constexpr,
+    E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+):  # fmt: skip
+    """Merge the splits of one row in ascending order.  Grid: (batch * heads * queries,)."""
+    if EARLY:
+        gdc_wait()
+    row_id = tl.program_id(0).to(tl.int64)
+    query = (row_id % queries).to(tl.int32)
+    bh = row_id // queries
+    b = bh // heads
+    h = bh % heads
+    if MASK == "none":
+        seen = keys
+        if CAUSAL:
+            seen = tl.minimum(keys, query + 1)
+    else:
+        info = b * info_b + h * info_h + query
+        seen = tl.maximum(tl.load(last_ptr + info) - tl.load(first_ptr + info), 0)
+    count = splits_in(seen, E1, S1, E2, S2, S3)
+    cols = tl.arange(0, BDV)
+    inside = cols < value_depth
+    M = tl.full([1], float("-inf"), DTYPE)
+    W = tl.zeros([1], DTYPE)
+    Y = tl.zeros([1, BDV], DTYPE)
+    for start in range(0, count, AHEAD):
+        parts = ()
+        for j in tl.static_range(AHEAD):  # the loads of several splits are in flight together
+            at = (start + j) * tl.cast(num_rows, tl.int64) + row_id
+            there = start + j < count
+            m = tl.load(stats_ptr + at * 2, mask=there, other=float("-inf"))
+            w = tl.load(stats_ptr + at * 2 + 1, mask=there, other=0.0)
+            acc = tl.load(part_ptr + at * value_depth + cols, mask=inside & there, other=0.0)
+            parts = parts + ((m, w, acc),)
+        for j in tl.static_range(AHEAD):
+            m = tl.full([1], 0.0, DTYPE) + parts[j][0]
+            w = tl.full([1], 0.0, DTYPE) + parts[j][1]
+            M, W, Y = merge(M, W, Y, m, w, parts[j][2][None, :])
+    one = tl.arange(0, 1)
+    out_row = out_ptr + ((b * queries + query) * heads + h) * value_depth + one
+    lse_row = lse_ptr + row_id + one
+    some = one + seen > 0
+    store_nothing(out_row, lse_row, 1, BDV, value_depth, some == 0, DTYPE)
+    store_rows(M, W, Y, out_row, lse_row, BDV, value_depth, some)

@@ -14,7 +14,7 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ from bicompile.lowering.attention.schedule import (
     BackwardSchedule,
     SplitSchedule,
     Tiles,
-    load_of,
     read_table,
+    share,
 )
 from bicompile.lowering.gpu.device import device_key
 
@@ -42,10 +42,9 @@ DECODE = ((1, 2048), (1, 8192), (16, 2048), (1, 32768), (16, 8192), (64, 4096))
 """Batch and keys of the decoding cases; 32 query heads over 8."""
 
 SPLITS = tuple(
-    SplitSchedule(16, warps, stages, parts, tma)
-    for warps, stages, parts, tma in (
-        (4, 2, 1, False), (4, 3, 1, False), (4, 2, 1, True), (4, 3, 1, True), (8, 3, 1, True), (4, 3, 2, True),
-        (4, 3, 4, True), (4, 2, 2, True),
+    SplitSchedule(16, warps, stages, tma=tma)
+    for warps, stages, tma in (
+        (4, 2, False), (4, 3, False), (4, 2, True), (4, 3, True), (8, 2, True), (8, 3, True), (8, 3, False)
     )
 )  # fmt: skip
 DEPTHS = (64, 128)
@@ -75,9 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
     path = arguments.table or TABLES / f"sm_{key.capability[0]}{key.capability[1]}.json"
     admitted = compile_all(_candidates(arguments), arguments.jobs)
     splits: dict[str, Found] = {}
-    for (batch, keys), load in zip(DECODE, _loads(key.num_sms), strict=True):
+    for batch, keys in DECODE:
         p = _problem(batch, 1, keys)
-        runs = {s: functools.partial(gpu.run, p, s) for s in SPLITS if (128, s) in admitted}
+        span, load = share(gpu.num_pieces(p.order, keys), batch * 8, False, p.order, key.num_sms)
+        runs = {s: functools.partial(gpu.run, p, replace(s, span=span)) for s in SPLITS if (128, s) in admitted}
         _note(splits.setdefault(load, {}), runs, arguments.ms, f"decode B={batch} S={keys} ({load})")
     best = {load: _fastest(found) for load, found in splits.items()}
     backward = dict(read_table(path).backward) if path.exists() else {}
@@ -95,7 +95,7 @@ def layout(device: str, splits: dict[str, SplitSchedule], backward: dict[int, Ba
     """The table as it stands in its file."""
     measured, lines = json.dumps(device), []
     for load, s in splits.items():
-        entry = {"warps": s.warps, "stages": s.stages, "parts": s.parts, "tma": s.tma}
+        entry = {"warps": s.warps, "stages": s.stages, "tma": s.tma}
         lines.append(f"  {json.dumps(load)}: {json.dumps(entry)}")
     depths = []
     for depth, both in backward.items():
@@ -160,12 +160,6 @@ def _admits(candidate: tuple[int, SplitSchedule | BackwardSchedule]) -> bool:
         choose(_problem(1, 256, 256, depth, masked), (schedule,), REFERENCE_BACKWARD, probe, probe) == schedule
         for masked in (False, True)
     )
-
-
-def _loads(num_sms: int) -> Iterator[str]:
-    order = _problem(1, 1, 16).order
-    for batch, keys in DECODE:
-        yield load_of(gpu.num_splits(order, keys) * batch * 8, num_sms)
 
 
 def _problem(batch: int, queries: int, keys: int, depth: int = 128, masked: bool = False) -> Problem:

@@ -30,7 +30,7 @@ from .schedule import (
 from .split_kernels import merge_kernel, split_kernel
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-_LOOSE = ("queries", "keys", "heads", "kv_heads", "num_rows")
+_LOOSE = ("queries", "keys", "heads", "kv_heads", "num_rows", "span")
 
 
 def compilation(
@@ -52,7 +52,7 @@ def compilation(
     )  # fmt: skip
     if isinstance(schedule, SplitSchedule):
         del constants["FLAGGED"]
-        constants |= {"EARLY": tma and schedule.parts > 0, "PARTS": schedule.parts}  # early on sm_90, as TMA is
+        constants |= {"EARLY": tma and schedule.span > 0, "SPLIT": schedule.span > 0}  # early on sm_90, as TMA is
     signature = {a: "i32:16" for a in kernel.arg_names if a not in constants}
     signature |= {a: "i32" for a in _LOOSE if a in signature}
     signature |= {a: f"*{wide}:16" for a in ("lse_ptr", "part_ptr", "stats_ptr") if a in signature}
@@ -180,7 +180,7 @@ def aot_cases() -> Iterator[Compilation]:
 def _tuned_splits() -> list[SplitSchedule]:
     """What the tables prefer on any architecture, and the same with all splits in one program."""
     found = [s for path in sorted(TABLES.glob("*.json")) for s in read_table(path).splits.values()]
-    return list(dict.fromkeys(replace(s, parts=parts) for s in found for parts in (s.parts, 0)))
+    return list(dict.fromkeys(replace(s, span=span) for s in found for span in (1, 0)))
 
 
 def _tuned_backward() -> list[tuple[int, BackwardSchedule]]:

@@ -75,19 +75,19 @@ def run_splits(p: Problem, schedule: SplitSchedule) -> tuple[Tensor, Tensor]:
     tail = p.tail(schedule.tma, schedule.stages)
     k, v = descriptors(p) if schedule.tma else (p.k, p.v)
     part, stats, programs, early = out, lse, 1, False
-    if schedule.parts > 0:
+    if schedule.span > 0:
         splits = num_splits(p.order, keys)
         part = torch.empty((splits, num_rows, value_depth), dtype=lse.dtype, device=lse.device)
         stats = torch.empty((splits, num_rows, 2), dtype=lse.dtype, device=lse.device)
-        programs = cdiv(splits, schedule.parts)
+        programs = num_splits(p.order, keys, schedule.span)
         early = not INTERPRETED and device_key(p.q.device.index).capability >= (9, 0)
     launch(
         split_kernel, (batch * kv_heads, cdiv(queries * group, schedule.rows), programs),
         (p.q, k, v, p.mask if p.mask is not None else p.q, info.first, info.hole, info.last, part, stats),
-        (queries, keys, heads, kv_heads, num_rows, *p.scales), _strides(p, info),
-        (early, schedule.parts, schedule.rows, *tail), schedule.warps, schedule.stages,
+        (queries, keys, heads, kv_heads, num_rows, schedule.span, *p.scales), _strides(p, info),
+        (early, schedule.span > 0, schedule.rows, *tail), schedule.warps, schedule.stages,
     )  # fmt: skip
-    if schedule.parts > 0:
+    if schedule.span > 0:
         launch(
             merge_kernel, (num_rows,), (part, stats, info.first, info.last, out, lse),
             (queries, keys, heads, num_rows), (*info.strides, value_depth),
@@ -97,9 +97,15 @@ def run_splits(p: Problem, schedule: SplitSchedule) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def num_splits(order: GpuAttentionOrder, keys: int) -> int:
-    """How many splits ``keys`` keys have."""
+def num_pieces(order: GpuAttentionOrder, keys: int) -> int:
+    """``keys`` keys in splits of the smallest size."""
+    return cdiv(keys, order.splits[0][1])
+
+
+def num_splits(order: GpuAttentionOrder, keys: int, span: int = 1) -> int:
+    """How many splits ``keys`` keys have; or how many programs, if each takes ``span`` keys, but one split at least."""
     (e1, s1), (e2, s2), s3 = order.splits
+    s1, s2, s3 = max(s1, span), max(s2, span), max(s3, span)
     if keys <= e1:
         return cdiv(keys, s1)
     if keys <= e2:
@@ -202,8 +208,9 @@ def sdpa(
     device = device_key(q.device.index)
     candidates: list[Schedule] = []
     if wants_split(queries, heads // k.shape[1], keys, batch * heads, device.num_sms):
-        splits, programs = num_splits(p.order, keys), batch * k.shape[1] * cdiv(group_rows, 16)
-        schedules = split_schedules(group_rows, splits, programs, mask is not None, p.widths, q.dtype, device)
+        programs = batch * k.shape[1] * cdiv(group_rows, 16)
+        pieces = num_pieces(p.order, keys)
+        schedules = split_schedules(group_rows, pieces, programs, mask is not None, p.widths, q.dtype, device)
         candidates += [s for s in schedules if not s.tma or (takes_tma(p.k) and takes_tma(p.v))]
     else:
         if takes_hopper(p, device.capability):

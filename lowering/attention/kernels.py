@@ -96,6 +96,17 @@ def split_start(i, E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.
 
 
 @triton.jit
+def program_start(i, span, E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr):
+    """How far from the anchor the keys of program ``i`` start, if each takes ``span`` keys, but one split at least."""
+    a = tl.maximum(span, S1)
+    b = tl.maximum(span, S2)
+    n1 = E1 // a
+    n2 = (E2 - E1) // b
+    far = E2 + (i - n1 - n2) * tl.maximum(span, S3)
+    return tl.where(i < n1, i * a, tl.where(i < n1 + n2, E1 + (i - n1) * b, far))
+
+
+@triton.jit
 def splits_in(keys, E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr):
     """How many splits hold ``keys`` keys from the anchor."""
     n1: tl.constexpr = E1 // S1

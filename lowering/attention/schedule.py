@@ -14,6 +14,9 @@ import torch
 
 from bicompile.lowering.gpu.device import DeviceKey
 
+from .order import GpuAttentionOrder, gpu_order_for
+from .problem import cdiv
+
 
 @dataclass(frozen=True)
 class TileSchedule:
@@ -34,20 +37,20 @@ class TileSchedule:
 
 @dataclass(frozen=True)
 class SplitSchedule:
-    """One program takes ``rows`` queries, of all heads that share keys, over ``parts`` splits; another kernel merges.
+    """One program takes ``rows`` queries, of all heads that share keys, over some splits; another kernel merges.
 
     Attributes:
         rows: queries times heads of one program.
         warps: warps of one program.
         stages: blocks of keys in flight.
-        parts: splits that one program takes one after the other; 0 for all, and then nothing is left to merge.
+        span: keys that one program takes, a power of two; one split at least; 0 for all, and then nothing is merged.
         tma: whether keys and values come by TMA (sm_90 and newer).
     """
 
     rows: int
     warps: int
     stages: int
-    parts: int = 1
+    span: int = 1
     tma: bool = False
 
 
@@ -139,7 +142,7 @@ class Table:
     """What was found fastest on one architecture.
 
     Attributes:
-        splits: by ``load_of``, schedules of 16 rows.
+        splits: by ``load_of``, schedules of 16 rows, without their span.
         backward: by the padded depth of the heads up to which it holds, ascending.
     """
 
@@ -168,13 +171,13 @@ def table_of(device: DeviceKey) -> Table | None:
 
 @functools.lru_cache(maxsize=1024)
 def split_schedules(
-    rows: int, splits: int, programs: int, masked: bool, widths: tuple[int, int], dtype: torch.dtype, device: DeviceKey
+    rows: int, pieces: int, programs: int, masked: bool, widths: tuple[int, int], dtype: torch.dtype, device: DeviceKey
 ) -> list[SplitSchedule]:
     """Schedules for splits, the best first.
 
     Args:
         rows: queries times heads of a group.
-        splits: of the keys.
+        pieces: keys in splits of the smallest size.
         programs: batch times heads of keys times tiles of 16 rows.
         masked: whether there is a mask, so that some rows may see fewer keys than others.
         widths: the padded depths of keys and values.
@@ -188,13 +191,29 @@ def split_schedules(
         return [SplitSchedule(32, 8, 2), reference]
     # The table was measured for one tile of 16 rows, as decoding has it.
     table = table_of(device)
-    load = load_of(splits * programs, device.num_sms)
+    span, load = share(pieces, programs, masked, gpu_order_for(max(widths), dtype), device.num_sms)
     found = [table.splits[load]] if table and load in table.splits else []
     found += [replace(s, tma=False) for s in found if s.tma]
-    found += [SplitSchedule(16, 4, 2), reference]
-    if splits == 1 or (not masked and fills(programs, device.num_sms)):
-        return [*(replace(s, parts=0) for s in found), reference]
-    return found
+    found.append(SplitSchedule(16, 4, 2))
+    return [*(replace(s, span=span) for s in found), reference]
+
+
+def share(pieces: int, programs: int, masked: bool, order: GpuAttentionOrder, num_sms: int) -> tuple[int, str]:
+    """The span with which ``programs`` rows of ``pieces`` pieces end soonest, and the load that this makes.
+
+    Under a mask, rows may see different numbers of keys, and the smallest programs level that.
+    """
+    choices = [1] if masked else [n for n in (1, 2, 4, 8, 16, 32) if n < pieces] + [pieces]
+    if not masked and fills(programs, num_sms):
+        choices = [pieces]
+
+    def waves_of(taken: int) -> int:
+        return cdiv(cdiv(pieces, taken) * programs, num_sms)
+
+    # The first keys of a program arrive about as late as a quarter of a piece takes (an H100, heads of 128).
+    taken = min(choices, key=lambda taken: waves_of(taken) * (taken + 0.25))
+    span = 0 if taken == pieces else taken * order.splits[0][1]
+    return span, load_of(cdiv(pieces, taken) * programs, num_sms)
 
 
 def merged_at_once(splits: int) -> int:

@@ -12,6 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .kernels import (
     load_queries,
     merge,
+    program_start,
     scale_of,
     split_start,
     splits_in,
@@ -26,27 +27,28 @@ from .kernels import (
 
 @triton.jit
 def split_pass(
-    part, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query, mask_k,
+    near, far, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query, mask_k,
     part_ptr, stats_ptr, num_rows, row_id, out_row, lse_row,
-    PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr,
+    SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr,
     EVEN_V: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
     E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
 ):  # fmt: skip
-    """``rows`` of a tile over PARTS splits of their keys from number ``part`` on; each split's sums are stored.
+    """``rows`` of a tile over the splits from ``near`` to ``far`` keys after the anchor; each split's sums are stored.
 
-    With PARTS 0, over all their keys.
+    Without SPLIT, over all their keys.
     """
-    if PARTS == 0:
+    if not SPLIT:
         tile_pass(
             anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query, mask_k,
             out_row, lse_row, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE,
             E1, S1, E2, S2, S3,
         )  # fmt: skip
         return
-    start = anchor + split_start(part, E1, S1, E2, S2, S3)
-    stop = tl.minimum(stop, anchor + split_start(part + PARTS, E1, S1, E2, S2, S3))
+    start = anchor + near
+    stop = tl.minimum(stop, anchor + far)
     if start < stop:
+        part = splits_in(near, E1, S1, E2, S2, S3)
         m = tl.full([BM], float("-inf"), DTYPE)
         w = tl.zeros([BM, LANES], DTYPE)
         acc = tl.zeros([BM, BDV], DTYPE)
@@ -66,27 +68,29 @@ def split_pass(
             store_part(part_ptr, stats_ptr, part, num_rows, row_id, rows, m, w, acc, value_depth, BM, BDV, LANES)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads", "num_rows"])
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads", "num_rows", "span"])
 def split_kernel(
     q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, part_ptr, stats_ptr,
-    queries, keys, heads, kv_heads, num_rows, c_high, c_low,
+    queries, keys, heads, kv_heads, num_rows, span, c_high, c_low,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth, value_depth,
-    EARLY: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    EARLY: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     EVEN: tl.constexpr, EVEN_V: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     HIDDEN: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
     E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
 ):  # fmt: skip
-    """BM rows, which are the queries of a group of heads, over PARTS splits.
+    """BM rows, which are the queries of a group of heads, over the splits of ``span`` keys, but one split at least.
 
-    Grid: (batch * kv heads, tiles, splits / PARTS), the last splits first: they are the longest.
-    With PARTS 0, over all splits, and ``part_ptr`` and ``stats_ptr`` are the output and its statistics.
+    Grid: (batch * kv heads, tiles, programs that share the keys), the last keys first: their splits are the longest.
+    Without SPLIT one program takes all keys, and ``part_ptr`` and ``stats_ptr`` are the output and its statistics.
 
     Row ``r`` is query ``r // group`` under the group's head ``r % group``: heads that share keys share their loads.
     EARLY: ``merge_kernel`` may be started before this one has ended, and waits by itself.
     """
     if EARLY:
         gdc_launch_dependents()
-    part = (tl.num_programs(2) - 1 - tl.program_id(2)) * PARTS
+    share = tl.num_programs(2) - 1 - tl.program_id(2)
+    near = program_start(share, span, E1, S1, E2, S2, S3)
+    far = program_start(share + 1, span, E1, S1, E2, S2, S3)
     bh = tl.program_id(0)
     b = bh // kv_heads
     hk = bh % kv_heads
@@ -112,8 +116,8 @@ def split_kernel(
             stop = tl.minimum(keys, tl.max(tl.where(alive, query, 0), 0) + 1)
             whole = tl.minimum(keys, tl.min(query, 0) + 1)
         split_pass(
-            part, 0, whole, stop, alive, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, query, query, mask_k,
-            part_ptr, stats_ptr, num_rows, row_id, out_row, lse_row, PARTS, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK,
+            near, far, 0, whole, stop, alive, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, query, query, mask_k,
+            part_ptr, stats_ptr, num_rows, row_id, out_row, lse_row, SPLIT, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK,
             CAUSAL, HIDDEN, TMA, STAGES, DTYPE, E1, S1, E2, S2, S3,
         )  # fmt: skip
     else:
@@ -122,7 +126,7 @@ def split_kernel(
         first = tl.load(first_ptr + info, mask=alive, other=keys)
         hole = tl.load(hole_ptr + info, mask=alive, other=keys)
         last = tl.load(last_ptr + info, mask=alive, other=0)
-        if PARTS == 0:
+        if not SPLIT:
             store_nothing(out_row, lse_row, BM, BDV, value_depth, alive & (first >= keys), DTYPE)
         anchor = tl.min(first, 0)
         while anchor < keys:
@@ -130,8 +134,8 @@ def split_kernel(
             stop = tl.max(tl.where(rows, last, 0), 0)
             whole = tl.min(tl.where(rows, hole, keys), 0)
             split_pass(
-                part, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row,
-                query, mask_k, part_ptr, stats_ptr, num_rows, row_id, out_row, lse_row, PARTS, BM, BN, BD, BDV, EVEN,
+                near, far, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row,
+                query, mask_k, part_ptr, stats_ptr, num_rows, row_id, out_row, lse_row, SPLIT, BM, BN, BD, BDV, EVEN,
                 EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE, E1, S1, E2, S2, S3,
             )  # fmt: skip
             anchor = tl.min(tl.where(first > anchor, first, keys), 0)

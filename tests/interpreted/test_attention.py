@@ -16,12 +16,12 @@ from triton.runtime import interpreter
 from bicompile.lowering.attention import gpu, gpu_backward
 from bicompile.lowering.attention.order import gpu_order_for
 from bicompile.lowering.attention.problem import mask_rows
-from bicompile.lowering.attention.schedule import REFERENCE, SplitSchedule
+from bicompile.lowering.attention.schedule import REFERENCE, SplitSchedule, share
 from bicompile.testing import same_bits
 
 SCALE = 0.2
 SPLIT = SplitSchedule(16, 4, 1)
-WHOLE = SplitSchedule(16, 4, 1, parts=0)
+WHOLE = SplitSchedule(16, 4, 1, span=0)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -164,7 +164,27 @@ def test_splits_grow_and_are_counted_alike():
     starts = [*range(0, e1, s1), *range(e1, e2, s2), *range(e2, e2 + 3 * s3, s3)]
     for keys in (1, s1, s1 + 1, e1, e1 + 1, e2, e2 + 1, e2 + 2 * s3):
         assert gpu.num_splits(order, keys) == sum(start < keys for start in starts)
+        assert gpu.num_splits(order, keys, 4 * s2) == sum(start < keys for start in starts if start % (4 * s2) == 0)
     assert all(size % order.block == 0 and size & (size - 1) == 0 for size in (s1, s2, s3))
+
+
+def test_programs_share_the_splits_of_a_row_in_any_way():
+    """Over splits of two sizes; with a span of one size of splits, and of several."""
+    q, k, v = inputs(torch.float32, queries=1, keys=17500)
+    p = gpu.problem_of("sdpa", q, k, v, None, False, SCALE)
+    wanted = gpu.run_splits(p, SPLIT)
+    assert close(wanted[0], exact(q, k, v, None, False), q.dtype)
+    for span in (1024, 4096, 16384):
+        assert same_bits(gpu.run_splits(p, SplitSchedule(16, 4, 1, span)), wanted)
+
+
+def test_spans_follow_the_number_of_programs():
+    order = gpu_order_for(128, torch.bfloat16)
+    assert share(4, 8, False, order, 132) == (512, "few")
+    assert share(64, 8, False, order, 132) == (2048, "few")
+    assert share(4, 128, False, order, 132) == (0, "few")
+    assert share(64, 8, True, order, 132) == (512, "some")
+    assert share(1, 8, True, order, 132)[0] == 0
 
 
 def test_empty_inputs():

@@ -24,13 +24,14 @@ from .schedule import (
     HopperSchedule,
     SplitSchedule,
     TileSchedule,
+    merge_warps,
     merged_at_once,
     read_table,
 )
 from .split_kernels import merge_kernel, split_kernel
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-_LOOSE = ("queries", "keys", "heads", "kv_heads", "num_rows", "span")
+_LOOSE = ("queries", "keys", "heads", "kv_heads", "splits", "span")
 
 
 def compilation(
@@ -90,7 +91,7 @@ def merge_compilation(dtype: torch.dtype, depth: int, mask: str, at_once: int, *
     signature |= {"part_ptr": "*fp32:16", "stats_ptr": "*fp32:16", "lse_ptr": "*fp32:16"}
     signature |= {"first_ptr": "*i32:16", "last_ptr": "*i32:16", "out_ptr": f"*{_NAMES[dtype]}:16"}
     label = f"attention merge {_NAMES[dtype]} {depth} {mask} {at_once}{' early' if early else ''}"
-    return Compilation(label, merge_kernel, signature, constants, 1, 1, needs=90 if early else 80)
+    return Compilation(label, merge_kernel, signature, constants, merge_warps(at_once), 1, needs=90 if early else 80)
 
 
 def backward_compilations(

@@ -22,6 +22,7 @@ from .schedule import (
     SplitSchedule,
     TileSchedule,
     hopper_schedules,
+    merge_warps,
     merged_at_once,
     split_schedules,
     tile_schedules,
@@ -74,24 +75,25 @@ def run_splits(p: Problem, schedule: SplitSchedule) -> tuple[Tensor, Tensor]:
     num_rows, group = batch * heads * queries, heads // kv_heads
     tail = p.tail(schedule.tma, schedule.stages)
     k, v = descriptors(p) if schedule.tma else (p.k, p.v)
-    part, stats, programs, early = out, lse, 1, False
+    part, stats, splits, programs, early = out, lse, 1, 1, False
     if schedule.span > 0:
         splits = num_splits(p.order, keys)
-        part = torch.empty((splits, num_rows, value_depth), dtype=lse.dtype, device=lse.device)
-        stats = torch.empty((splits, num_rows, 2), dtype=lse.dtype, device=lse.device)
+        part = torch.empty((num_rows, splits, value_depth), dtype=lse.dtype, device=lse.device)
+        stats = torch.empty((num_rows, splits, 2), dtype=lse.dtype, device=lse.device)
         programs = num_splits(p.order, keys, schedule.span)
         early = not INTERPRETED and device_key(p.q.device.index).capability >= (9, 0)
     launch(
         split_kernel, (batch * kv_heads, cdiv(queries * group, schedule.rows), programs),
         (p.q, k, v, p.mask if p.mask is not None else p.q, info.first, info.hole, info.last, part, stats),
-        (queries, keys, heads, kv_heads, num_rows, schedule.span, *p.scales), _strides(p, info),
+        (queries, keys, heads, kv_heads, splits, schedule.span, *p.scales), _strides(p, info),
         (early, schedule.span > 0, schedule.rows, *tail), schedule.warps, schedule.stages,
     )  # fmt: skip
     if schedule.span > 0:
+        at_once = merged_at_once(splits)
         launch(
             merge_kernel, (num_rows,), (part, stats, info.first, info.last, out, lse),
-            (queries, keys, heads, num_rows), (*info.strides, value_depth),
-            (early, p.widths[1], merged_at_once(splits), p.kind, p.causal, TYPES[p.q.dtype], *tail[-5:]), 1, 1,
+            (queries, keys, heads, splits), (*info.strides, value_depth),
+            (early, p.widths[1], at_once, p.kind, p.causal, TYPES[p.q.dtype], *tail[-5:]), merge_warps(at_once), 1,
             launch_pdl=early,
         )  # fmt: skip
     return out, lse

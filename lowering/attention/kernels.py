@@ -69,12 +69,17 @@ def step(q, k, v, m, w, acc, c, bias, seen, BM: tl.constexpr, BN: tl.constexpr, 
 
 
 @triton.jit
-def merge(M, W, Y, m, w, acc):
-    """Put the sums of the next split, (m, w, acc), onto those of the splits before it."""
+def factors(M, m):
+    """The larger of two maxima, and by what the sums that belong to either are multiplied when they are merged."""
     new = tl.maximum(M, m)
     safe = finite_or(new, 0.0)
-    a = tl.exp2(M - safe)
-    b = tl.exp2(m - safe)
+    return new, tl.exp2(M - safe), tl.exp2(m - safe)
+
+
+@triton.jit
+def merge(M, W, Y, m, w, acc):
+    """Put the sums of the next split, (m, w, acc), onto those of the splits before it."""
+    new, a, b = factors(M, m)
     W = tl.fma(W, a, w * b)
     Y = tl.fma(Y, tl.broadcast_to(a[:, None], Y.shape), acc * b[:, None])
     return new, W, Y
@@ -187,7 +192,7 @@ def seen_and_bias(
 @triton.jit
 def walk(
     M, W, Y, m, w, acc, part, q, k_p, v_p, b, hk, anchor, start, stop, k_n, v_n, depth, value_depth, c,
-    mask_row, query, alive, mask_k, hidden, part_ptr, stats_ptr, num_rows, row_id,
+    mask_row, query, alive, mask_k, hidden, part_ptr, stats_ptr, splits, row_id,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
     LANES: tl.constexpr, ALL: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, PARTS: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr,
@@ -210,7 +215,7 @@ def walk(
             m, w, acc = step(q, k, v, m, w, acc, c, bias, seen, BM, BN, LANES, how)
         if ends_split(n - anchor + BN, E1, S1, E2, S2, S3):
             if PARTS:
-                store_part(part_ptr, stats_ptr, part, num_rows, row_id, alive, m, w, acc, value_depth, BM, BDV, LANES)
+                store_part(part_ptr, stats_ptr, part, splits, row_id, alive, m, w, acc, value_depth, BM, BDV, LANES)
                 part += 1
             else:
                 M, W, Y = merge(M, W, Y, m, fold_all(w, BM, LANES), acc)
@@ -222,11 +227,11 @@ def walk(
 
 @triton.jit
 def store_part(
-    part_ptr, stats_ptr, part, num_rows, row_id, rows, m, w, acc, value_depth, BM: tl.constexpr, BDV: tl.constexpr,
+    part_ptr, stats_ptr, part, splits, row_id, rows, m, w, acc, value_depth, BM: tl.constexpr, BDV: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """Store the sums of split number ``part`` for ``rows``."""
-    at = tl.cast(part, tl.int64) * num_rows + row_id
+    at = row_id * splits + part
     cols = tl.arange(0, BDV)
     mask = rows[:, None] & (cols < value_depth)[None, :]
     tl.store(part_ptr + at[:, None] * value_depth + cols[None, :], acc, mask=mask)

@@ -41,7 +41,7 @@ def launch(
     grid = (*grid, 1, 1)[:3]
     device = torch._C._cuda_getDevice()
     key = (
-        kernel, device, warps, stages, constants,
+        kernel, device, warps, stages, constants, *options.items(),
         tuple([t.data_ptr() % 16 == 0 if isinstance(t, Tensor) else tuple(t.block_shape) for t in tensors]),
         tuple([t.dtype if isinstance(t, Tensor) else t.base.dtype for t in tensors]),
         tuple([(s == 1, s % 16 == 0, s < 2**31) for s in strides]),

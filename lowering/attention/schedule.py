@@ -218,7 +218,12 @@ def share(pieces: int, programs: int, masked: bool, order: GpuAttentionOrder, nu
 
 def merged_at_once(splits: int) -> int:
     """How many of ``splits`` splits a program that merges them reads together."""
-    return 4 if splits <= 4 else 8 if splits <= 8 else 16
+    return next((n for n in (4, 8, 16) if splits <= n), 64)
+
+
+def merge_warps(at_once: int) -> int:
+    """Warps of a program that merges ``at_once`` splits together, whose registers hold them."""
+    return 4 if at_once == 64 else 1
 
 
 def fills(programs: int, num_sms: int) -> bool:

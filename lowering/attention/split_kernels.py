@@ -10,8 +10,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .kernels import (
+    factors,
     load_queries,
-    merge,
     program_start,
     scale_of,
     split_start,
@@ -28,7 +28,7 @@ from .kernels import (
 @triton.jit
 def split_pass(
     near, far, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query, mask_k,
-    part_ptr, stats_ptr, num_rows, row_id, out_row, lse_row,
+    part_ptr, stats_ptr, splits, row_id, out_row, lse_row,
     SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr,
     EVEN_V: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
@@ -55,23 +55,23 @@ def split_pass(
         whole = tl.maximum(start_of(anchor, tl.minimum(whole, stop), BN), start)
         _, _, _, m, w, acc, part = walk(
             m, m, acc, m, w, acc, part, q, k_p, v_p, b, hk, anchor, start, whole, k_n, v_n, depth, value_depth, c,
-            mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, num_rows, row_id, BM, BN, BD, BDV, EVEN,
+            mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, splits, row_id, BM, BN, BD, BDV, EVEN,
             EVEN_V, LANES, MASK != "additive", MASK, CAUSAL, True, TMA, STAGES, E1, S1, E2, S2, S3,
         )  # fmt: skip
         _, _, _, m, w, acc, part = walk(
             m, m, acc, m, w, acc, part, q, k_p, v_p, b, hk, anchor, whole, stop, k_n, v_n, depth, value_depth, c,
-            mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, num_rows, row_id, BM, BN, BD, BDV, EVEN,
+            mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, splits, row_id, BM, BN, BD, BDV, EVEN,
             EVEN_V, LANES, False, MASK, CAUSAL, True, TMA, 1, E1, S1, E2, S2, S3,
         )  # fmt: skip
         # Blocks that reach past ``stop`` may have ended the last split; else it is stored here.
         if anchor + split_start(part, E1, S1, E2, S2, S3) < stop:
-            store_part(part_ptr, stats_ptr, part, num_rows, row_id, rows, m, w, acc, value_depth, BM, BDV, LANES)
+            store_part(part_ptr, stats_ptr, part, splits, row_id, rows, m, w, acc, value_depth, BM, BDV, LANES)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads", "num_rows", "span"])
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads", "splits", "span"])
 def split_kernel(
     q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, part_ptr, stats_ptr,
-    queries, keys, heads, kv_heads, num_rows, span, c_high, c_low,
+    queries, keys, heads, kv_heads, splits, span, c_high, c_low,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth, value_depth,
     EARLY: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     EVEN: tl.constexpr, EVEN_V: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
@@ -117,7 +117,7 @@ def split_kernel(
             whole = tl.minimum(keys, tl.min(query, 0) + 1)
         split_pass(
             near, far, 0, whole, stop, alive, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, query, query, mask_k,
-            part_ptr, stats_ptr, num_rows, row_id, out_row, lse_row, SPLIT, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK,
+            part_ptr, stats_ptr, splits, row_id, out_row, lse_row, SPLIT, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK,
             CAUSAL, HIDDEN, TMA, STAGES, DTYPE, E1, S1, E2, S2, S3,
         )  # fmt: skip
     else:
@@ -135,16 +135,16 @@ def split_kernel(
             whole = tl.min(tl.where(rows, hole, keys), 0)
             split_pass(
                 near, far, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row,
-                query, mask_k, part_ptr, stats_ptr, num_rows, row_id, out_row, lse_row, SPLIT, BM, BN, BD, BDV, EVEN,
+                query, mask_k, part_ptr, stats_ptr, splits, row_id, out_row, lse_row, SPLIT, BM, BN, BD, BDV, EVEN,
                 EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE, E1, S1, E2, S2, S3,
             )  # fmt: skip
             anchor = tl.min(tl.where(first > anchor, first, keys), 0)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "num_rows"])
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "splits"])
 def merge_kernel(
     part_ptr, stats_ptr, first_ptr, last_ptr, out_ptr, lse_ptr,
-    queries, keys, heads, num_rows, info_b, info_h, value_depth,
+    queries, keys, heads, splits, info_b, info_h, value_depth,
     EARLY: tl.constexpr, BDV: tl.constexpr, AHEAD: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     DTYPE: tl.constexpr,
     E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
@@ -167,25 +167,27 @@ def merge_kernel(
     count = splits_in(seen, E1, S1, E2, S2, S3)
     cols = tl.arange(0, BDV)
     inside = cols < value_depth
-    M = tl.full([1], float("-inf"), DTYPE)
-    W = tl.zeros([1], DTYPE)
-    Y = tl.zeros([1, BDV], DTYPE)
+    # Numbers, not tensors of one row: the factors of such a tensor reach its columns through shared memory.
+    M = tl.full([], float("-inf"), DTYPE)
+    W = tl.full([], 0.0, DTYPE)
+    Y = tl.zeros([BDV], DTYPE)
     for start in range(0, count, AHEAD):
         parts = ()
         for j in tl.static_range(AHEAD):  # the loads of several splits are in flight together
-            at = (start + j) * tl.cast(num_rows, tl.int64) + row_id
+            at = row_id * splits + start + j
             there = start + j < count
             m = tl.load(stats_ptr + at * 2, mask=there, other=float("-inf"))
             w = tl.load(stats_ptr + at * 2 + 1, mask=there, other=0.0)
             acc = tl.load(part_ptr + at * value_depth + cols, mask=inside & there, other=0.0)
             parts = parts + ((m, w, acc),)
         for j in tl.static_range(AHEAD):
-            m = tl.full([1], 0.0, DTYPE) + parts[j][0]
-            w = tl.full([1], 0.0, DTYPE) + parts[j][1]
-            M, W, Y = merge(M, W, Y, m, w, parts[j][2][None, :])
+            m, w, acc = parts[j]
+            M, before, after = factors(M, m)
+            W = tl.fma(W, before, w * after)
+            Y = tl.fma(Y, tl.full([BDV], 1.0, DTYPE) * before, acc * after)
     one = tl.arange(0, 1)
     out_row = out_ptr + ((b * queries + query) * heads + h) * value_depth + one
     lse_row = lse_ptr + row_id + one
     some = one + seen > 0
     store_nothing(out_row, lse_row, 1, BDV, value_depth, some == 0, DTYPE)
-    store_rows(M, W, Y, out_row, lse_row, BDV, value_depth, some)
+    store_rows(one + M, one + W, Y[None, :], out_row, lse_row, BDV, value_depth, some)

@@ -79,7 +79,8 @@ def gpu_order_for(depth: int, dtype: torch.dtype) -> GpuAttentionOrder:
         block = 32
     else:
         block = 128 if depth <= 128 else 64
-    return GpuAttentionOrder(block=block, lanes=8, splits=((16384, 512), (65536, 1024), 2048))
+    # Small enough for one sequence with 8 heads of keys to fill the device, large enough for few to be merged.
+    return GpuAttentionOrder(block=block, lanes=8, splits=((8192, 512), (16384, 1024), 2048))
 
 
 HIDDEN_BELOW = {

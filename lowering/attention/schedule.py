@@ -43,7 +43,8 @@ class SplitSchedule:
         rows: queries times heads of one program.
         warps: warps of one program.
         stages: blocks of keys in flight.
-        span: keys that one program takes, a power of two; one split at least; 0 for all, and then nothing is merged.
+        span: keys that one program takes, a power of two up to 16 of the smallest splits, and one split at least; 0
+            for all, and then nothing is left to merge.
         tma: whether keys and values come by TMA (sm_90 and newer).
     """
 
@@ -203,7 +204,7 @@ def share(pieces: int, programs: int, masked: bool, order: GpuAttentionOrder, nu
 
     Under a mask, rows may see different numbers of keys, and the smallest programs level that.
     """
-    choices = [1] if masked else [n for n in (1, 2, 4, 8, 16, 32) if n < pieces] + [pieces]
+    choices = [1] if masked else [n for n in (1, 2, 4, 8, 16) if n < pieces] + [pieces]
     if not masked and fills(programs, num_sms):
         choices = [pieces]
 

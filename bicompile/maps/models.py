@@ -49,6 +49,7 @@ class Entry:
         kind: one of ``KINDS``.
         attention: the implementation that it was loaded with.
         sequence: which checks of P2 it went through.
+        lacking: which it cannot go through, as stock PyTorch with the same code raises or gives other values there.
         graphs: how many graphs were compiled; 0 where it was not compiled.
         breaks: how many graph breaks there were; what lies between graphs runs inside ``eager()``.
         seconds: how long all of it took.
@@ -60,6 +61,7 @@ class Entry:
     kind: str = "passes"
     attention: str = ""
     sequence: list[str] = field(default_factory=list)
+    lacking: list[str] = field(default_factory=list)
     graphs: int = 0
     breaks: int = 0
     seconds: float = 0.0
@@ -239,37 +241,38 @@ def _check_sequence(entry: Entry, run: _Run) -> None:
     elif "attention_mask" in run.inputs:
         checks["right padding"] = lambda model: _with_and_without_padding(run, model)
     for name, check in checks.items():
-        if name == "right padding" and _share(*check(run.stock)) > _SEEN:
-            continue  # the model looks at padding, whoever computes it
-        entry.sequence.append(name)
         try:
             with eager_mode.eager():
                 ours = check(run.model)
         except UnsupportedOpError:
             raise
-        except Exception as error:
-            if not _raises(check, run.stock):
+        except Exception:
+            if not (reason := _lacks(check, run.stock)):
                 raise
-            entry.note("P1 only", f"{name}: transformers raises {_summary(error)}")
+        else:
+            reason = "" if same_bits(*ours) else _lacks(check, run.stock)
+        if reason:
+            entry.lacking.append(f"{name}: {reason}")
             continue
+        entry.sequence.append(name)
         if not same_bits(*ours):
-            entry.note("P1 only", f"{name} differs {_relative(*ours)} (stock PyTorch: {_relative(*check(run.stock))})")
+            shares = f"{_share(*ours):.0e} (stock PyTorch: by {_share(*check(run.stock)):.0e})"
+            entry.note("P1 only", f"{name} differs by {shares}")
 
 
-def _raises(check: Callable[[Any], Any], model: Any) -> bool:
+def _lacks(check: Callable[[Any], tuple[Tensor, Tensor]], stock: Any) -> str:
+    """Why the model cannot go through ``check``, whoever computes it; empty if it can."""
     try:
-        check(model)
-    except Exception:
-        return True
-    return False
-
-
-def _relative(a: Tensor, b: Tensor) -> str:
-    """By how much the values differ, as a share of the largest."""
-    return f"by {_share(a, b):.0e}" if a.shape == b.shape else "in shape"
+        a, b = check(stock)
+    except Exception as error:
+        return f"transformers raises {_summary(error)}"
+    if a.shape != b.shape:
+        return "other shapes"
+    return f"differs by {_share(a, b):.0e}" if _share(a, b) > _SEEN else ""
 
 
 def _share(a: Tensor, b: Tensor) -> float:
+    """By how much the values differ, as a share of the largest."""
     return float((a - b).abs().max() / b.abs().max())
 
 

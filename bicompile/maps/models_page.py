@@ -31,9 +31,11 @@ inside `eager()`.
 *passes*: values are those of stock PyTorch up to rounding. Every row has the same bits alone, permuted, in part of the
 batch, repeated, among rows of NaN, Inf, huge values and zeros, and at other memory alignments (P1). Where the model
 returns a cache, prefilling 200 tokens at once, in chunks of 64 and 7, or all but 8 and then one by one gives the same
-bits, and so does padding on the left (P2, inside `eager()`); models without a cache that do not look at padding have
-the same bits with more of it on the right. Compiled code has the bits of `eager()`, also permuted, in part of the
-batch, and among rows of NaN and huge values; where there are two graphs or more, one is that of a row alone.
+bits, and so does padding on the left (P2, inside `eager()`); models without a cache have the same bits with more
+padding on the right. *the model lacks* names which of these a model cannot do, whoever computes it: stock PyTorch
+raises there too, or its own values differ by more than a thousandth of the largest. Compiled code has the bits of
+`eager()`, also permuted, in part of the batch, and among rows of NaN and huge values; where there are two graphs or
+more, one is that of a row alone.
 
 *P1 only*: of P2 something does not hold; the last column says what, by which share of the largest value, and by which
 share stock PyTorch, in the same code of the model, differs there. *refused*: raises `UnsupportedOpError`, which names
@@ -97,7 +99,8 @@ def as_markdown(entries: list[Entry], made: dict[str, str]) -> str:
 
 def _row(entry: Entry) -> str:
     compiled = [str(entry.graphs), str(entry.breaks)] if entry.graphs else ["", ""]
-    detail = "; ".join(entry.detail).replace("|", "/")
+    lacking = [f"the model lacks {what}" for what in entry.lacking]
+    detail = "; ".join([*entry.detail, *lacking]).replace("|", "/")
     cells = [entry.model, entry.kind, entry.attention, ", ".join(entry.sequence), *compiled, detail]
     return f"| {' | '.join(cells)} |"
 

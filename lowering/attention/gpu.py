@@ -90,10 +90,10 @@ def run_splits(p: Problem, schedule: SplitSchedule) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
     if schedule.span > 0:
         at_once = merged_at_once(splits)
+        constants = (early, p.widths[1], at_once, p.kind, p.causal, TYPES[p.q.dtype], *tail[-5:])
         launch(
             merge_kernel, (num_rows,), (part, stats, info.first, info.last, out, lse),
-            (queries, keys, heads, splits), (*info.strides, value_depth),
-            (early, p.widths[1], at_once, p.kind, p.causal, TYPES[p.q.dtype], *tail[-5:]), merge_warps(at_once), 1,
+            (queries, keys, heads, splits), (*info.strides, value_depth), constants, merge_warps(at_once), 1,
             launch_pdl=early,
         )  # fmt: skip
     return out, lse

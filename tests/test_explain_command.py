@@ -22,7 +22,7 @@ MODELS = """
         return x.softmax(-1) * scale
 
     def refused(x):
-        return torch.cdist(x, x)
+        return torch.linalg.pinv(x)
 
     def broken(x):
         y = x.sum(-1)
@@ -83,7 +83,7 @@ def test_what_is_covered_exits_with_0(target: str, arguments: str, models: str, 
     assert ("bfloat16" in out) == ("bfloat16" in arguments)
 
 
-@pytest.mark.parametrize(("target", "seen"), [("refused", "_cdist_forward"), ("broken", "graph break")])
+@pytest.mark.parametrize(("target", "seen"), [("refused", "linalg_pinv"), ("broken", "graph break")])
 def test_what_is_not_proven_exits_with_1(target: str, seen: str, models: str, capsys: pytest.CaptureFixture[str]):
     assert main(["explain", f"{models}:{target}", "--input", "4x3x3"]) == 1
     out = capsys.readouterr().out

@@ -35,8 +35,8 @@ class Mlp(nn.Module):
 
 
 def hostile(x: Tensor) -> Tensor:
-    distances = torch.cdist(x, x)  # <img src=x onerror=alert(1)> & "more"
-    return distances - distances.mean(0)
+    inverse = torch.linalg.pinv(x)  # <img src=x onerror=alert(1)> & "more"
+    return inverse - inverse.mean(0)
 
 
 hostile.__qualname__ = "<script>document.title='run'</script>"
@@ -83,7 +83,7 @@ def test_the_page_names_every_node_its_line_and_its_order(covered: Certificate):
 def test_the_page_says_what_is_missing_and_what_to_do(refused: Certificate):
     page = refused.to_html()
     assert "NOT proven" in page and "its order is not known" in page
-    assert "&#34;allow&#34;: [&#34;aten._cdist_forward&#34;]" in page.replace('"', "&#34;")
+    assert "&#34;allow&#34;: [&#34;aten.linalg_pinv&#34;]" in page.replace('"', "&#34;")
     assert "called &lt;b&gt;print&lt;/b&gt;" in page and "bicompile.eager()" in page
     assert "What combines rows of the batch" in page
 

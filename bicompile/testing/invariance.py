@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -152,9 +153,9 @@ class _Runner:
             if not self._has_size(output, len(situation.rows)):
                 continue
             if name not in self.cotangents:
-                generator = torch.Generator().manual_seed(len(self.cotangents))
-                noise = torch.randn(output.shape, generator=generator, dtype=torch.float32)
-                self.cotangents[name] = noise.to(output)
+                # numpy's: bicompile.eager(), in which this may run, refuses to draw.
+                noise = numpy.random.default_rng(len(self.cotangents)).standard_normal(output.shape, numpy.float32)
+                self.cotangents[name] = torch.from_numpy(noise).to(output)
             ends.append(output)
             cotangents.append(self.cotangents[name].index_select(self.batch_dim, _index(situation.rows, output)))
         if not ends:

@@ -15,6 +15,7 @@ import os
 import tempfile
 import time
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -214,10 +215,14 @@ def main() -> None:
         name = "a random Llama" if args.tiny else "SmolLM2-135M"
         case = f"GRPO, {name}, {args.steps} steps of {args.rows} sequences, {args.dtype}"
         named = {"stock": stock, "batch_invariant": ours}.items()
-        curves = {f"{mode}_{what}": getattr(of, what) for mode, of in named for what in ("rewards", "kls")}
+        extra: dict[str, Any] = {f"{mode}_{of}": getattr(c, of) for mode, c in named for of in ("rewards", "kls")}
+        extra |= {package: metadata.version(package) for package in ("trl", "transformers")}
         report = Report("trl")
-        report.rows.append(Row(case, "stock transformers", stock.seconds / ours.seconds, not any(ours.kls), curves))
+        report.rows.append(Row(case, "stock transformers", stock.seconds / ours.seconds, not any(ours.kls), extra))
         report.summarise("steps with a KL of exactly 0", sum(kl == 0.0 for kl in ours.kls) / args.steps, bar=1.0)
+        report.summarise(
+            "tokens with other log-probabilities, stock", (torch.cat(stock.apart) != 0).double().mean().item()
+        )
         print(report.write())
 
 

@@ -44,6 +44,7 @@ _EXACT_NAMES = frozenset(
     aten.where aten.zeros aten.zeros_like inductor.resize_storage_bytes_ prims._low_memory_max_pool_offsets_to_indices
     prims._low_memory_max_pool_with_offsets prims._make_token prims._sink_tokens prims.convert_element_type
     prims.copy_strided prims.device_put prims.inductor_force_stride_order prims.iota prims.rev prims.view_of
+    profiler._record_function_enter_new profiler._record_function_exit
     """.split()
 )
 
@@ -83,7 +84,12 @@ def exact_by_name(target: OpOverload) -> bool:
 
 
 def draws_one_number(target: OpOverload, args: Sequence[Any]) -> bool:
-    """Whether the op draws a single random number, for no row in particular: layer drop draws one for each layer."""
+    """Whether the op draws a single random number, for no row in particular.
+
+    Layer drop draws one for each layer, and a DataLoader seeds its workers with one.
+    """
+    if target is aten.random_.default:
+        return isinstance(args[0], Tensor) and args[0].dim() == 0
     return target in (aten.rand.default, aten.randn.default) and len(args[0]) == 0
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import bicompile
 from bicompile.eager_mode import _is_composite
@@ -217,3 +218,13 @@ def test_one_random_number_for_the_whole_call_is_not_refused():
         with pytest.raises(UnsupportedOpError, match="aten.rand.default"):
             torch.rand(3)
     assert same_bits(torch.compile(drops, backend="batch_invariant", fullgraph=True)(x), x)
+
+
+def test_batches_are_loaded_and_profiled_inside_the_context():
+    rows = torch.randn(4, 5)
+    with bicompile.eager():
+        with torch.profiler.record_function("loading"):
+            (first, _), (second, _) = DataLoader(TensorDataset(rows, rows), batch_size=2)
+        with pytest.raises(UnsupportedOpError, match="aten.random"):
+            torch.empty(3, dtype=torch.int64).random_()
+    assert same_bits(torch.cat([first, second]), rows)

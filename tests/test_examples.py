@@ -84,6 +84,16 @@ def test_server_gives_each_prompt_one_answer(capsys, monkeypatch):
     assert counts and counts[1] == counts[2]
 
 
+def test_trl_trains_with_the_samplers_probabilities(capsys, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.setattr("sys.argv", ["09_trl.py", "--tiny", "--steps", "2", "--rows", "8"])
+    steps = _output("09_trl.py", capsys).splitlines()
+    stock, ours = ([line for line in steps if line.lstrip().startswith(mode)] for mode in ("stock", "batch_invariant"))
+    assert len(stock) == len(ours) == 2
+    assert all(re.search(r": reward [\d.]+, 0 of \d\d+ tokens changed, 0 ratios are not 1, KL 0$", x) for x in ours)
+    assert all(re.search(r", [1-9]\d* of \d+ tokens changed, [1-9]\d* ratios .*, KL \d\S+$", x) for x in stock)
+
+
 def test_trainer_computes_the_samplers_probabilities(capsys, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr("sys.argv", ["on_policy_rl.py", "--steps", "2", "--layers", "1"])

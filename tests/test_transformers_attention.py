@@ -135,6 +135,16 @@ def test_position_biases_are_added_and_causal_where_there_is_no_mask():
     assert masked.shape == (2, 6, HEADS, DEPTH) and masked.is_contiguous()
 
 
+def test_autocast_casts_what_the_projections_and_rotary_embeddings_left_wide():
+    q, k, v = _heads(3, 3)
+    half = [t.bfloat16() for t in (q, k, v)]
+    for settings in ({}, {"softcap": 2.0}, {"s_aux": torch.zeros(HEADS)}):
+        expected = attention_forward(torch.nn.Module(), *half, None, **settings)[0]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = attention_forward(torch.nn.Module(), q, k, half[2], None, **settings)[0]
+        assert same_bits(got, expected)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt-oss", "gemma2"])
 def test_dropout_is_refused_by_name(name: str):
     module = CAUSAL[name].build().train()

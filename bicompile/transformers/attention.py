@@ -91,8 +91,15 @@ def attend(
     """``[batch, heads, queries, value_depth]``: attention with an optional soft cap and optional sinks.
 
     Numerics: the order of ``lowering.attention``.  A soft cap forms the scores, in fp32.  Sinks scale the attention
-    without them, rounded to the input type, by ``sigmoid(lse - sink)``.
+    without them, rounded to the input type, by ``sigmoid(lse - sink)``.  Under autocast, queries, keys and values are
+    cast to its type, as PyTorch's attention casts them, and the rest is as it is without.
     """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # Rotary embeddings hand on wider queries and keys than values.
+        query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
+        with torch.autocast(device, enabled=False):
+            return attend(query, key, value, mask, is_causal, scale, softcap, sinks, dropout)
     if softcap is not None:
         query, key, mask = _capped(query, key, mask, is_causal, scale, softcap)
         is_causal, scale = False, 1.0

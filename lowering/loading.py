@@ -45,7 +45,7 @@ KERNELS = {
     "reduction_others": ("prod", "amax", "amin", "var", "vector_norm", "logsumexp"),
     "scan": ("cumsum", "cumprod", "logcumsumexp"),
     "scatter": ("index_add", "segment_add", "scatter_add", "scatter_reduce", "embedding_dense_backward"),
-    "softmax": ("softmax", "softmax_backward", "softmax_statistics"),
+    "softmax": ("softmax", "softmax_backward", "softmax_statistics", "log_probability_backward"),
 }
 LIBRARY_OF = {f"bicompile::{op}": library for library, ops in KERNELS.items() for op in ops}
 

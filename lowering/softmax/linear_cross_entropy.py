@@ -1,8 +1,7 @@
 """Cross entropy of a linear layer, without the scores of all rows: those of a chunk exist at a time.
 
 ``bicompile::linear_log_probability`` is ``log_probability`` of ``hidden @ weight.T + bias``.  For its gradients the
-scores are computed again, in chunks of rows for ``hidden`` and in chunks of classes for ``weight`` and ``bias``, so
-that every sum is whole in one chunk.
+scores are computed again.
 
 Numerics: no order is cut by a chunk, so every result has the bits that it has where all scores are kept.  The chunks'
 sizes are a schedule: they may follow the shapes.
@@ -10,7 +9,8 @@ sizes are a schedule: they may follow the shapes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,25 +18,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bicompile.lowering.matmul.op import FLOATS
+from bicompile.lowering.matmul.order import order_for
 
 from .cross_entropy import gradient_of_scores, log_probability, loss_of
 from .op import statistics_dtype
 
 CHUNK_BYTES = 64 << 20
 """Of scores, and of their gradients, at a time: enough for fast products, and little beside a model's weights."""
-_FEWEST = 64
-"""Rows or classes of a chunk: fewer would leave the tiles of a product empty."""
+_STEP = order_for(0, torch.float32).block
+"""Rows or classes of a chunk, or a multiple: sums that continue from chunk to chunk do so between blocks."""
 
 _ops = torch.ops.bicompile
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LAYER = "Tensor hidden, Tensor weight, Tensor? bias, Tensor index"
-_SAVED = f"{_LAYER}, Tensor shift, Tensor log_total"
 
 _LIB = torch.library.Library("bicompile", "FRAGMENT")
 _LIB.define(f"linear_log_probability({_LAYER}) -> (Tensor result, Tensor shift, Tensor log_total)", tags=_TAGS)
-_LIB.define(f"linear_log_probability_backward(Tensor grad, {_SAVED}) -> Tensor", tags=_TAGS)
 _LIB.define(
-    f"linear_log_probability_backward_params(Tensor grad, {_SAVED}) -> (Tensor weight, Tensor bias)", tags=_TAGS
+    f"linear_log_probability_backward(Tensor grad, {_LAYER}, Tensor shift, Tensor log_total, bool[3] wanted) -> "
+    "(Tensor hidden, Tensor weight, Tensor bias)",
+    tags=_TAGS,
 )
 _LIB.define(
     "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias=None, "
@@ -48,7 +49,7 @@ _LIB.define(
 def chunks(size: int, across: int, itemsize: int) -> Iterator[slice]:
     """Cut ``size`` rows of ``across`` scores each (or classes of as many rows) into chunks of about CHUNK_BYTES."""
     most = CHUNK_BYTES // max(1, across * itemsize)
-    step = max(_FEWEST, most // _FEWEST * _FEWEST)
+    step = max(_STEP, most // _STEP * _STEP)
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
@@ -78,35 +79,37 @@ def linear_log_probability_backward(
     index: Tensor,
     shift: Tensor,
     log_total: Tensor,
-) -> Tensor:
-    """The gradient of ``hidden``: in chunks of rows, each with all of its classes."""
-    out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    for rows in chunks(len(hidden), len(weight), hidden.itemsize):
-        scores = _scores(hidden[rows], weight, bias)
-        scores = _ops.log_probability_backward(grad[rows], scores, index[rows], shift[rows], log_total[rows])
-        out[rows] = _ops.mm(scores, weight)
-    return out
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``hidden``, ``weight`` and ``bias`` that are ``wanted``; empty tensors for the others.
 
-
-def linear_log_probability_backward_params(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    index: Tensor,
-    shift: Tensor,
-    log_total: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of ``weight`` and ``bias`` (empty without one): in chunks of classes, each with all of its rows."""
-    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    sums = weight.new_empty(0 if bias is None else len(bias))
-    for classes in chunks(len(weight), len(hidden), hidden.itemsize):
+    A chunk of classes has all rows, and so whole sums for its part of ``weight`` and ``bias``.  The sums for ``hidden``
+    run over the classes: on the CPU they continue from chunk to chunk; on a GPU, whose fastest products cannot, chunks
+    of rows have them whole, and the scores are computed once more.
+    """
+    for_hidden, for_weight, for_bias = wanted
+    continues = for_hidden and hidden.device.type == "cpu"
+    new_weight = torch.empty_like(weight if for_weight else weight[:0], memory_format=torch.contiguous_format)
+    new_bias = weight.new_empty(len(weight) if for_bias else 0)
+    sums = None
+    for classes in chunks(len(weight), len(hidden), hidden.itemsize) if continues or for_weight or for_bias else ():
         scores = _scores(hidden, weight[classes], None if bias is None else bias[classes])
         scores = _ops.log_probability_backward(grad, scores, index - classes.start, shift, log_total)
-        out[classes] = _ops.mm(scores.T, hidden)
-        if bias is not None:
-            sums[classes] = _ops.sum(scores, [0], False, scores.dtype)
-    return out, sums
+        if for_weight:
+            new_weight[classes] = _ops.mm(scores.T, hidden)
+        if for_bias:
+            new_bias[classes] = _ops.sum(scores, [0], False, scores.dtype)
+        if continues:
+            sums = _ops.mm_continued(sums, scores, weight[classes])
+    if sums is not None:
+        new_hidden = torch.where(sums.isnan(), math.nan, sums).to(hidden.dtype)  # one NaN for all, as a product has
+    else:
+        new_hidden = torch.empty_like(hidden if for_hidden else hidden[:0], memory_format=torch.contiguous_format)
+    for rows in chunks(len(hidden), len(weight), hidden.itemsize) if for_hidden and not continues else ():
+        scores = _scores(hidden[rows], weight, bias)
+        scores = _ops.log_probability_backward(grad[rows], scores, index[rows], shift[rows], log_total[rows])
+        new_hidden[rows] = _ops.mm(scores, weight)
+    return new_hidden, new_weight, new_bias
 
 
 def _new_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,13 +151,13 @@ torch.library.register_fake("bicompile::linear_log_probability", _new_rows, lib=
 
 
 @torch.library.register_fake("bicompile::linear_log_probability_backward", lib=_LIB)
-def _(grad: Tensor, hidden: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return hidden.new_empty(hidden.shape)
-
-
-@torch.library.register_fake("bicompile::linear_log_probability_backward_params", lib=_LIB)
-def _(grad: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-    return weight.new_empty(weight.shape), weight.new_empty(0 if bias is None else weight.shape[0])
+def _(grad: Tensor, hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    for_hidden, for_weight, for_bias = others[-1]
+    return (
+        hidden.new_empty(hidden.shape if for_hidden else (0, hidden.shape[1])),
+        weight.new_empty(weight.shape if for_weight else (0, weight.shape[1])),
+        weight.new_empty(weight.shape[0] if for_bias else 0),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -165,14 +168,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors
-    for_hidden, *for_params = ctx.needs_input_grad[:3]
     if torch.is_grad_enabled():
         return (*_differentiable_gradients(grad, *saved[:4]), None)
-    hidden = _ops.linear_log_probability_backward(grad, *saved) if for_hidden else None
-    weight = bias = None
-    if any(for_params):
-        weight, bias = _ops.linear_log_probability_backward_params(grad, *saved)
-    return hidden, weight, bias if for_params[1] else None, None
+    wanted = ctx.needs_input_grad[:3]
+    gradients = _ops.linear_log_probability_backward(grad, *saved, wanted)
+    return (*(g if asked else None for g, asked in zip(gradients, wanted, strict=True)), None)
 
 
 def _differentiable_gradients(
@@ -215,5 +215,4 @@ def linear_cross_entropy(
 
 _LIB.impl("linear_log_probability", linear_log_probability, "CompositeExplicitAutograd")
 _LIB.impl("linear_log_probability_backward", linear_log_probability_backward, "CompositeExplicitAutograd")
-_LIB.impl("linear_log_probability_backward_params", linear_log_probability_backward_params, "CompositeExplicitAutograd")
 _LIB.impl("linear_cross_entropy", linear_cross_entropy, "CompositeImplicitAutograd")

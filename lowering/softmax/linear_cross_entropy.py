@@ -28,6 +28,9 @@ CHUNK_BYTES = 64 << 20
 _STEP = order_for(0, torch.float32).block
 """Rows or classes of a chunk, or a multiple: sums that continue from chunk to chunk do so between blocks."""
 
+CONTINUES = ("cpu",)
+"""Device types with ``mm_continued``."""
+
 _ops = torch.ops.bicompile
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LAYER = "Tensor hidden, Tensor weight, Tensor? bias, Tensor index"
@@ -88,7 +91,7 @@ def linear_log_probability_backward(
     of rows have them whole, and the scores are computed once more.
     """
     for_hidden, for_weight, for_bias = wanted
-    continues = for_hidden and hidden.device.type == "cpu"
+    continues = for_hidden and hidden.device.type in CONTINUES
     new_weight = torch.empty_like(weight if for_weight else weight[:0], memory_format=torch.contiguous_format)
     new_bias = weight.new_empty(len(weight) if for_bias else 0)
     sums = None

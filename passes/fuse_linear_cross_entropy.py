@@ -9,12 +9,13 @@ Before, in Dynamo's graph, above autograd::
 
 After::
 
-    flat = hidden.reshape(-1, 2048)
+    flat = hidden.flatten(0, -2)
     loss = torch.ops.bicompile.linear_cross_entropy.default(flat, weight, target, None, None, 1, -100, torch.float32)
 
-So too with a bias, class weights, and slices of the rows in between.
-Left alone: scores that are used otherwise, or fit in one chunk; other computations on them; smoothed labels and targets
-that are no classes; and whatever may have changed a tensor, or how gradients and dtypes go, between layer and loss.
+So too with a bias and class weights.
+Left alone: scores that are used otherwise, or fit in one chunk; other computations on them; a part of their rows, since
+the sums for ``weight`` run over all; smoothed labels and targets that are no classes; and whatever may have changed a
+tensor, or how gradients and dtypes go, between layer and loss.
 Numerics, shape, dtype: unchanged, bit for bit, also of the gradients.  So it may follow the size of the batch.
 """
 
@@ -78,7 +79,7 @@ def _match(loss: Node) -> _Match | None:
     arguments = bound.arguments
     moves: list[Node] = []
     node = arguments["input"]
-    while isinstance(node, Node) and len(node.users) == 1 and node.target is not _LINEAR and _moves_rows(node):
+    while isinstance(node, Node) and len(node.users) == 1 and node.target is not _LINEAR and _keeps_scores(node):
         moves.insert(0, node)
         node = node.args[0]
     if not isinstance(node, Node) or len(node.users) != 1 or node.target is not _LINEAR:
@@ -99,7 +100,6 @@ def _can_fuse(match: _Match) -> bool:
     if any(v is None for v in values) or len({v.device for v in values if v is not None}) != 1:
         return False
     scores, last, target = _value(match.linear), _value((match.moves or [match.linear])[-1]), _value(given["target"])
-    classes = _value(weight).shape[0]
     allowed = {scores.dtype, statistics_dtype(scores.dtype)}
     return (
         scores.dtype in FLOATS
@@ -107,8 +107,7 @@ def _can_fuse(match: _Match) -> bool:
         and all(_value(n).dtype in allowed for n in match.moves)
         and _value(match.loss).dtype in allowed
         and last.dim() == 2
-        and isinstance(classes, int)
-        and last.shape[1] == classes
+        and statically_known_true(last.shape[1] == _value(weight).shape[0])
         and target.dim() == 1
         and target.dtype == torch.int64
         and not any(map(_may_interfere, _between(match.linear, match.loss)))
@@ -127,14 +126,10 @@ def _fuse(match: _Match) -> None:
     graph, given = match.loss.graph, match.arguments
     hidden, weight, bias = _layer(match.linear)
     dtype = _value(match.linear).dtype
-    width = _value(weight).shape[1]
     with graph.inserting_before(match.loss):
         rows = hidden
-        for node in match.moves:
-            if node.target is operator.getitem:
-                rows = graph.call_function(operator.getitem, (rows, node.args[1]))
-            elif node.target in _RESHAPES:
-                rows = graph.call_method("reshape", (rows, -1, width))
+        if _value(hidden).dim() > 2:
+            rows = graph.call_method("flatten", (hidden, 0, -2))
         # Autocast converts what it gives to a linear layer.
         layer = [
             now if n is None or _value(n).dtype == dtype else graph.call_method("to", (now, dtype))
@@ -162,27 +157,17 @@ def _layer(linear: Node) -> tuple[Node, Node, Node | None]:
     return given["input"], given["weight"], given.get("bias")
 
 
-def _moves_rows(node: Node) -> bool:
-    """Whether the node converts scores, or takes or arranges whole rows of them, so that it could do so before."""
+def _keeps_scores(node: Node) -> bool:
+    """Whether the node converts scores, or writes their rows into one matrix."""
     if not node.args or not isinstance(node.args[0], Node):
         return False
     old, new = _example(node.args[0]), _example(node)
     if old is None or new is None or old.dim() < 2:
         return False
     if node.op == "call_method" and node.target in _CONVERSIONS:
-        return new.shape == old.shape
-    if node.op == "call_method" and node.target in _RESHAPES:
-        return new.dim() == 2 and isinstance(old.shape[-1], int) and statically_known_true(new.shape[1] == old.shape[-1])
-    return node.target is operator.getitem and _keeps_rows_whole(node.args[1], old.dim())
-
-
-def _keeps_rows_whole(index: Any, dims: int) -> bool:
-    """Whether ``index`` is made of slices, and the last dim's, if it has one, is everything."""
-    index = index if isinstance(index, tuple) else (index,)
-    if not all(isinstance(part, slice) or part is Ellipsis for part in index):
-        return False
-    reaches_last = index[-1] is not Ellipsis and (Ellipsis in index or len(index) == dims)
-    return not reaches_last or index[-1] == slice(None)
+        return True
+    flattens = node.op == "call_method" and node.target in _RESHAPES and new.dim() == 2
+    return flattens and statically_known_true(new.shape[1] == old.shape[-1])
 
 
 def _is_zero(number: Any) -> bool:

@@ -60,7 +60,7 @@ def fuse_linear_cross_entropy_pass(gm: GraphModule) -> PassResult:
     """Replace every match in ``gm``, a graph of Dynamo's, and in the graphs within, in place; say if there was one."""
     fused = 0
     for module in gm.modules():
-        if not isinstance(module, GraphModule) or any(map(_is_transform, module.graph.nodes)):
+        if not isinstance(module, GraphModule):
             continue
         losses = module.graph.find_nodes(op="call_function", target=F.cross_entropy)
         matches = [match for node in losses if (match := _match(node)) is not None]
@@ -107,9 +107,7 @@ def _can_fuse(match: _Match) -> bool:
         and all(_value(n).dtype in allowed for n in match.moves)
         and _value(match.loss).dtype in allowed
         and last.dim() == 2
-        and statically_known_true(last.shape[1] == _value(weight).shape[0])
         and target.dim() == 1
-        and target.dtype == torch.int64
         and not any(map(_may_interfere, _between(match.linear, match.loss)))
     )
 
@@ -204,15 +202,10 @@ def _may_interfere(node: Node) -> bool:
     return not known or writes or name.startswith("_") or any(argument is True for argument in node.args)
 
 
-def _is_transform(node: Node) -> bool:
-    """Whether the node begins or ends vmap, grad or another of torch.func's transforms."""
-    return node.op == "call_function" and "functorch" in (getattr(node.target, "__module__", None) or "")
-
-
 def _example(node: Any) -> Tensor | None:
-    """The plain fake tensor that Dynamo knows the node by; None for anything else."""
+    """The fake tensor that Dynamo knows the node by; None for anything else, such as a tensor inside of vmap."""
     value = node.meta.get("example_value") if isinstance(node, Node) else None
-    return value if type(value) in (FakeTensor, torch.nn.Parameter) else None
+    return value if type(value) is FakeTensor else None
 
 
 def _value(node: Node) -> Tensor:

@@ -105,7 +105,8 @@ def linear_log_probability_backward(
         if continues:
             sums = _ops.mm_continued(sums, scores, weight[classes])
     if sums is not None:
-        new_hidden = torch.where(sums.isnan(), math.nan, sums).to(hidden.dtype)  # one NaN for all, as a product has
+        new_hidden = sums.to(hidden.dtype)
+        new_hidden = torch.where(new_hidden.isnan(), math.nan, new_hidden)  # one NaN for all, as a product has
     else:
         new_hidden = torch.empty_like(hidden if for_hidden else hidden[:0], memory_format=torch.contiguous_format)
     for rows in chunks(len(hidden), len(weight), hidden.itemsize) if for_hidden and not continues else ():

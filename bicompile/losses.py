@@ -27,8 +27,8 @@ def linear_cross_entropy(
     """``cross_entropy(linear(input, linear_weight, linear_bias), target)``, without the scores of all rows in memory.
 
     Value and gradients have the bits of those two functions under bicompile; the scores are computed again for the
-    gradients.  Compiled code in which nothing else asks for the scores becomes this by itself.  Works everywhere, also
-    outside of compiled code and of ``bicompile.eager()``, which only a gradient of the gradient needs.
+    gradients.  May be called in compiled code, in ``bicompile.eager()`` and outside of both; only the gradient of a
+    gradient, for which all scores are kept, needs ``eager()`` around it.
 
     Args:
         input: rows [..., K], in float32, float64, bfloat16 or float16.
@@ -57,14 +57,22 @@ def linear_cross_entropy(
             f"linear_cross_entropy: expected rows [..., K] and a class for each, got shapes {tuple(input.shape)} and "
             f"{tuple(target.shape)}; for probabilities as the target, call F.cross_entropy(F.linear(...))"
         )
-    layer = (input.reshape(-1, input.shape[-1]), linear_weight, linear_bias)
+    rows = input.reshape(-1, input.shape[-1])
     device = input.device.type
     if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
         low = torch.get_autocast_dtype(device)
-        layer = tuple(None if t is None else t.to(low) for t in layer)
+        rows, linear_weight = rows.to(low), linear_weight.to(low)
+        linear_bias = None if linear_bias is None else linear_bias.to(low)
         dtype = dtype or torch.float32
     with covered():
-        loss = torch.ops.bicompile.linear_cross_entropy(
-            *layer[:2], target.reshape(-1), layer[2], weight, _REDUCTIONS[reduction], ignore_index, dtype
+        loss = torch.ops.bicompile.linear_cross_entropy.default(
+            rows,
+            linear_weight,
+            target.reshape(-1),
+            linear_bias,
+            weight,
+            _REDUCTIONS[reduction],
+            ignore_index,
+            dtype,
         )
     return loss.view(target.shape) if reduction == "none" else loss

@@ -309,6 +309,7 @@ MATCHES: dict[str, Callable[..., Any]] = {
     "module": lambda h, w, t: torch.nn.CrossEntropyLoss(weight=w[:, 0], ignore_index=2)(F.linear(h, w, w[:, 1]), t),
     "autocast": autocast,
     "checkpointed": checkpointed,
+    "bicompile's own": lambda h, w, t: bicompile.linear_cross_entropy(h, w, t, linear_bias=w[:, 1]),
     "of sequences": lambda h, w, t: F.cross_entropy(F.linear(h.view(2, 3, 8), w).to(torch.float32).flatten(0, 1), t),
 }
 if hasattr(F, "linear_cross_entropy"):
@@ -317,7 +318,7 @@ if hasattr(F, "linear_cross_entropy"):
 
 @pytest.mark.parametrize("name", MATCHES)
 def test_pass_finds_the_layer_and_its_loss(name: str):
-    assert losses_of(MATCHES[name], *small(), dynamic=True) == ["linear_cross_entropy.default"]
+    assert losses_of(MATCHES[name], *small(), dynamic=True, fullgraph=True) == ["linear_cross_entropy.default"]
 
 
 def without_gradient(h: Tensor, w: Tensor, t: Tensor) -> Tensor:

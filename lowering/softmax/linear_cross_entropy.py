@@ -23,7 +23,7 @@ from bicompile.lowering.matmul.order import order_for
 from .cross_entropy import gradient_of_scores, log_probability, loss_of
 from .op import statistics_dtype
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 128 << 20
 """Of scores, and of their gradients, at a time: enough for fast products, and little beside a model's weights."""
 _STEP = order_for(0, torch.float32).block
 """Rows or classes of a chunk, or a multiple: sums that continue from chunk to chunk do so between blocks."""
@@ -96,24 +96,35 @@ def linear_log_probability_backward(
     new_bias = weight.new_empty(len(weight) if for_bias else 0)
     sums = None
     for classes in chunks(len(weight), len(hidden), hidden.itemsize) if continues or for_weight or for_bias else ():
-        scores = _scores(hidden, weight[classes], None if bias is None else bias[classes])
-        scores = _ops.log_probability_backward(grad, scores, index - classes.start, shift, log_total)
+        some, its_bias = weight[classes], None if bias is None else bias[classes]
+        scores = _gradient(grad, hidden, some, its_bias, index - classes.start, shift, log_total)
         if for_weight:
             new_weight[classes] = _ops.mm(scores.T, hidden)
         if for_bias:
             new_bias[classes] = _ops.sum(scores, [0], False, scores.dtype)
         if continues:
-            sums = _ops.mm_continued(sums, scores, weight[classes])
+            sums = _ops.mm_continued(sums, scores, some)
     if sums is not None:
-        new_hidden = sums.to(hidden.dtype)
-        new_hidden = torch.where(new_hidden.isnan(), math.nan, new_hidden)  # one NaN for all, as a product has
-    else:
-        new_hidden = torch.empty_like(hidden if for_hidden else hidden[:0], memory_format=torch.contiguous_format)
-    for rows in chunks(len(hidden), len(weight), hidden.itemsize) if for_hidden and not continues else ():
-        scores = _scores(hidden[rows], weight, bias)
-        scores = _ops.log_probability_backward(grad[rows], scores, index[rows], shift[rows], log_total[rows])
+        rounded = sums.to(hidden.dtype)
+        return torch.where(rounded.isnan(), math.nan, rounded), new_weight, new_bias  # one NaN, as in any product
+    new_hidden = torch.empty_like(hidden if for_hidden else hidden[:0], memory_format=torch.contiguous_format)
+    for rows in chunks(len(new_hidden), len(weight), hidden.itemsize):
+        scores = _gradient(grad[rows], hidden[rows], weight, bias, index[rows], shift[rows], log_total[rows])
         new_hidden[rows] = _ops.mm(scores, weight)
     return new_hidden, new_weight, new_bias
+
+
+def _gradient(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    shift: Tensor,
+    log_total: Tensor,
+) -> Tensor:
+    """The gradient of the scores of these rows and classes."""
+    return _ops.log_probability_backward(grad, _scores(hidden, weight, bias), index, shift, log_total)
 
 
 def _new_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:

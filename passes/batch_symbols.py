@@ -150,7 +150,6 @@ _EXTENTS: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
     },
     "bicompile.linear_log_probability": _inner_and_classes,
     "bicompile.linear_log_probability_backward": _inner_classes_and_rows,
-    "bicompile.log_probability_backward": lambda args: [],  # elementwise, given the statistics
     "bicompile.rms_norm": lambda args: [_shape(args["x"])[-1]],
     "bicompile.layer_norm": _normalised_dims,
     "bicompile.layer_norm_backward": _normalised_dims,

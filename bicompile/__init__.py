@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .eager_mode import eager
     from .errors import BatchInvarianceError, OptionError, UnsupportedOpError
     from .explaining import explain
+    from .losses import linear_cross_entropy
 
 __all__ = [
     "BatchInvarianceError",
@@ -33,6 +34,7 @@ __all__ = [
     "batch_invariant",
     "eager",
     "explain",
+    "linear_cross_entropy",
     "testing",
 ]
 __version__ = "0.1.0"
@@ -46,6 +48,7 @@ _HOMES = {
     "batch_invariant": "api",
     "eager": "eager_mode",
     "explain": "explaining",
+    "linear_cross_entropy": "losses",
 }
 
 

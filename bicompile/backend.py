@@ -2,8 +2,9 @@
 
     torch.compile(model, backend="batch_invariant")
 
-AOTAutograd traces forward and backward with our decomposition table and our attention; the pipeline of
-``bicompile.passes`` lowers and certifies each graph; Inductor, with pinned numerics, generates what is left.
+Linear layers whose many scores only a cross entropy asks for become one op with it.  AOTAutograd traces forward and
+backward with our decomposition table and our attention; the pipeline of ``bicompile.passes`` lowers and certifies each
+graph; Inductor, with pinned numerics, generates what is left.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .lowering.elementwise.codegen_cpu import materialise_headers, pinned_cpu_co
 from .lowering.elementwise.codegen_gpu import pinned_gpu_codegen
 from .lowering.elementwise.codegen_sizes import pinned_sizes
 from .passes.certify import Certification
+from .passes.fuse_linear_cross_entropy import fuse_linear_cross_entropy_pass
 from .passes.pipeline import Pipeline
 
 InnerCompile = Callable[..., Any]
@@ -71,6 +73,7 @@ def compile_graph(
     inner_compile: InnerCompile,
 ) -> Any:
     """Trace, lower and certify ``gm``, and hand each finished graph to ``inner_compile``."""
+    fuse_linear_cross_entropy_pass(gm)
     pipeline = Pipeline(certification, cache_salt(options))
     settings = {**options.inductor, **pinned_settings(), "post_grad_custom_post_pass": pipeline}
     with intercept_composites(), _decomposing_our_way():

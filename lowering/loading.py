@@ -37,7 +37,7 @@ KERNELS = {
     "attention": ("sdpa",),
     "attention_backward": ("sdpa_backward",),
     "elementwise": ("unary", "binary"),
-    "matmul": ("mm", "bmm", "addmm", "baddbmm"),
+    "matmul": ("mm", "mm_continued", "bmm", "addmm", "baddbmm"),
     "norm": tuple(
         f"{kind}_norm{part}" for kind in ("layer", "group") for part in ("", "_backward", "_backward_params")
     ),
@@ -45,7 +45,7 @@ KERNELS = {
     "reduction_others": ("prod", "amax", "amin", "var", "vector_norm", "logsumexp"),
     "scan": ("cumsum", "cumprod", "logcumsumexp"),
     "scatter": ("index_add", "segment_add", "scatter_add", "scatter_reduce", "embedding_dense_backward"),
-    "softmax": ("softmax", "softmax_backward", "softmax_statistics"),
+    "softmax": ("softmax", "softmax_backward", "softmax_statistics", "log_probability_backward"),
 }
 LIBRARY_OF = {f"bicompile::{op}": library for library, ops in KERNELS.items() for op in ops}
 
@@ -129,6 +129,7 @@ def _cases() -> Iterator[tuple[str, str, Callable[[], Any], Callable[[], Any]]]:
         a, b, x = draw(3, 197, dtype=dtype), draw(19, 197, dtype=dtype).T, draw(3, 77, dtype=dtype)
         index = torch.tensor([1, 0, 1], device="cpu")
         yield case("mm", ours.mm.default, matmul.mm, a, b)
+        yield "matmul", f"mm in pieces in {dtype}", *_in_pieces(a, b)
         yield case("sum", ours.sum.default, reduction.sum, x, [1], False, dtype)
         yield case("sum over columns", ours.sum.default, reduction.sum, x.T.contiguous(), [0], False, dtype)
         yield case("amax", ours.amax.default, reduction.amax, x, [1], False, dtype)
@@ -142,6 +143,16 @@ def _cases() -> Iterator[tuple[str, str, Callable[[], Any], Callable[[], Any]]]:
         yield case("cumsum", ours.cumsum.default, scan.cumsum, x, 1, dtype)
         yield case("index_add", ours.index_add.default, scatter.index_add, x[:2], 0, index, x, 1.0)
         yield case("exp", ours.unary.default, _one_by_one, x, "exp")
+
+
+def _in_pieces(a: Tensor, b: Tensor) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Kernel and reference of a product whose k come in two pieces."""
+    cut, continued = matmul.order_for(a.shape[1], a.dtype).block, torch.ops.bicompile.mm_continued
+
+    def ours() -> Tensor:
+        return continued(continued(None, a[:, :cut], b[:cut]), a[:, cut:], b[cut:]).to(a.dtype)
+
+    return ours, lambda: matmul.mm(a, b)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:

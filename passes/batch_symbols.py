@@ -74,6 +74,17 @@ def _inner(args: dict[str, Any]) -> list[Any]:
     return [_shape(args["a"])[-1]]
 
 
+def _inner_and_classes(args: dict[str, Any]) -> list[Any]:
+    """Of ``linear_log_probability``: the terms of a score, and the scores of a row."""
+    return [_shape(args["hidden"])[1], _shape(args["weight"])[0]]
+
+
+def _inner_classes_and_rows(args: dict[str, Any]) -> list[Any]:
+    """Of its gradients: the rows too, unless ``hidden`` alone is differentiated."""
+    _, for_weight, for_bias = args["wanted"]
+    return [*_inner_and_classes(args), *(_shape(args["hidden"])[:1] if for_weight or for_bias else ())]
+
+
 def _normalised_dims(args: dict[str, Any]) -> list[Any]:
     return list(_shape(args["x"])[-args["normalized_dims"] :])
 
@@ -129,7 +140,7 @@ def _matrices(dims: tuple[int, ...]) -> Callable[[dict[str, Any]], list[Any]]:
 
 
 _EXTENTS: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
-    **{f"bicompile.{name}": _inner for name in "mm bmm addmm baddbmm grouped_mm scaled_mm".split()},
+    **{f"bicompile.{name}": _inner for name in "mm mm_continued bmm addmm baddbmm grouped_mm scaled_mm".split()},
     **{
         f"bicompile.{name}": _over_dims
         for name in (
@@ -137,6 +148,8 @@ _EXTENTS: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
             "softmax_backward softmax_statistics log_probability cumsum cumprod logcumsumexp"
         ).split()
     },
+    "bicompile.linear_log_probability": _inner_and_classes,
+    "bicompile.linear_log_probability_backward": _inner_classes_and_rows,
     "bicompile.rms_norm": lambda args: [_shape(args["x"])[-1]],
     "bicompile.layer_norm": _normalised_dims,
     "bicompile.layer_norm_backward": _normalised_dims,

@@ -1,4 +1,4 @@
-// The matmul family on the CPU: mm, bmm, addmm, baddbmm.  gemm.h computes; here operands are checked and described.
+// The matmul family on the CPU: mm, mm_continued, bmm, addmm, baddbmm.  gemm.h computes; here operands are checked and described.
 #include "gemm.h"
 
 #include <torch/csrc/stable/library.h>
@@ -80,6 +80,29 @@ Tensor multiply_add(const char* op, const Tensor& c, const Tensor& a, const Tens
 }
 
 Tensor mm(const Tensor& a, const Tensor& b) { return multiply("mm", a, b, 2); }
+
+Tensor mm_continued(const std::optional<Tensor>& sums, const Tensor& a, const Tensor& b) {
+  const char* op = "mm_continued";
+  check_factors(op, a, b, 2);
+  const ScalarType wide = a.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor out = new_tensor({a.size(0), b.size(1)}, wide);
+  if (sums) {
+    STD_TORCH_CHECK(sums->scalar_type() == wide && sizes_of(*sums) == sizes_of(out), "bicompile::", op,
+                    ": expected sums of ", name_of(wide), " and shape ", shape_of(out), ", got ",
+                    name_of(sums->scalar_type()), " and shape ", shape_of(*sums));
+    torch::stable::copy_(out, *sums);
+  }
+  dispatch(op, a.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    Product<T> p = product_of<T>(a, b, out);
+    p.out = nullptr;
+    p.kept = static_cast<typename Pack<T>::Element*>(out.data_ptr());
+    p.continued = sums.has_value();
+    matmul::multiply(p);
+  });
+  return out;
+}
+
 Tensor bmm(const Tensor& a, const Tensor& b) { return multiply("bmm", a, b, 3); }
 Tensor addmm(const Tensor& c, const Tensor& a, const Tensor& b, double beta, double alpha) {
   return multiply_add("addmm", c, a, b, beta, alpha, 2);
@@ -92,6 +115,7 @@ Tensor baddbmm(const Tensor& c, const Tensor& a, const Tensor& b, double beta, d
 
 STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
   m.impl("mm", TORCH_BOX(&mm));
+  m.impl("mm_continued", TORCH_BOX(&mm_continued));
   m.impl("bmm", TORCH_BOX(&bmm));
   m.impl("addmm", TORCH_BOX(&addmm));
   m.impl("baddbmm", TORCH_BOX(&baddbmm));

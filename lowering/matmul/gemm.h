@@ -28,6 +28,9 @@ struct Product {
   int64_t left_batch_stride, right_batch_stride;
   Addend<T> addend;
   T* out;
+  // Where the sums go as they are, contiguous, in the place of `out`: for a product whose k's come in pieces.
+  typename Pack<T>::Element* kept = nullptr;
+  bool continued = false;  // `kept` holds the sums of the blocks before
 };
 
 // How the work is cut up.  None of it can be seen in the bits.
@@ -52,7 +55,7 @@ Schedule schedule_for(const Product<T>& p) {
   constexpr int64_t kSharedSize = 4 << 20;
   const bool along = p.right.k_stride == 1;
   Schedule s;
-  s.stream = p.rows <= kStreamRows && (along || p.right.line_stride == 1);
+  s.stream = p.rows <= kStreamRows && (along || p.right.line_stride == 1) && p.kept == nullptr;
   s.share_left = s.stream || (p.batch == 1 && p.rows * p.depth <= kSharedSize);
   const int64_t width = s.stream ? Pack<T>::kLanes : panel_width<T>(p.rows);
   const int64_t panels = (p.columns + width - 1) / width;
@@ -133,6 +136,17 @@ void finish(const Product<T>& p, int64_t batch, int64_t row, int64_t rows, int64
   }
 }
 
+// Copies a tile's sums between `p.kept` and the task's own memory, one way or the other.
+template <class T, bool kKeep>
+void copy_kept(const Product<T>& p, int64_t batch, int64_t row, int64_t rows, int64_t column, int64_t columns,
+               typename Pack<T>::Element* sums, int64_t sum_stride) {
+  for (int64_t i = 0; i < rows; i++) {
+    auto* kept = p.kept + (batch * p.rows + row + i) * p.columns + column;
+    auto* own = sums + i * sum_stride;
+    std::copy_n(kKeep ? own : kept, columns, kKeep ? kept : own);
+  }
+}
+
 // The left operand's rows [row, row + rows), k's [k, k + depth_k): packed rows for each block, blocks apart.
 template <class T>
 void pack_left(const Operand<T>& left, int64_t row, int64_t rows, int64_t k, int64_t depth_k,
@@ -194,6 +208,7 @@ void panel_task(const Product<T>& p, const Schedule& s, const typename Pack<T>::
   // Packed before the tasks, it holds all rows of the product; else those of this tile.
   const int64_t block_stride = (packed_left ? p.rows : t.rows) * P::kRowStride;
   const int64_t row_tiles = (t.rows + kTileRows - 1) / kTileRows;
+  if (p.continued) copy_kept<T, false>(p, t.batch, t.row, t.rows, t.column, t.columns, sums, sum_stride);
   for (int64_t k = 0; k == 0 || k < p.depth; k += s.chunk) {
     const int64_t chunk = std::min(s.chunk, p.depth - k), next_chunk = std::min(s.chunk, p.depth - k - chunk);
     const int64_t blocks = std::max<int64_t>(1, (chunk + kBlock - 1) / kBlock);
@@ -225,12 +240,17 @@ void panel_task(const Product<T>& p, const Schedule& s, const typename Pack<T>::
           right_ahead.fetch(call, calls);
           if (at == 0) left_ahead.fetch(block * row_tiles + tile, blocks * row_tiles);
           tile_kernel<T, by>(rows, wide)(depth, left_rows + block * block_stride + row * P::kRowStride, columns, width,
-                                         sums + row * sum_stride + at, sum_stride, k + block == 0);
+                                         sums + row * sum_stride + at, sum_stride,
+                                         k + block == 0 && !p.continued);
           row += rows;
         }
       }
-      if (k + s.chunk >= p.depth) {
-        finish(p, t.batch, t.row, t.rows, t.column + at, std::min(width, t.columns - at), sums + at, sum_stride);
+      if (k + s.chunk < p.depth) continue;
+      const int64_t there = std::min(width, t.columns - at);
+      if (p.kept != nullptr) {
+        copy_kept<T, true>(p, t.batch, t.row, t.rows, t.column + at, there, sums + at, sum_stride);
+      } else {
+        finish(p, t.batch, t.row, t.rows, t.column + at, there, sums + at, sum_stride);
       }
     }
   }

@@ -1,8 +1,12 @@
-"""``bicompile::mm``, ``bmm``, ``addmm``, ``baddbmm``, ``grouped_mm`` and ``scaled_mm``: schemas and dispatch.
+"""The matmul family: schemas and dispatch of ``bicompile::mm``, its kin, ``grouped_mm`` and ``scaled_mm``.
 
 Functional; the output is new and contiguous.  ``addmm(c, a, b, 1, 1)`` has the bits of ``mm(a, b) + c``, and
 ``bmm(a, b)[i]`` those of ``mm(a[i], b[i])``: one layer traces to different ones of them at different batch sizes.
 Each group of ``grouped_mm`` has the bits of a ``mm`` of its own.
+
+``mm_continued`` is for a product whose k come in pieces, on the CPU: it returns the sums before they are rounded, and
+takes those of the pieces before.  Where every piece but the last is a multiple of ``MatmulOrder.block``, the last
+one's sums round to the bits of the whole ``mm``.
 """
 
 from __future__ import annotations
@@ -11,10 +15,12 @@ import torch
 from torch import Tensor
 
 from . import grouped
+from .order import order_for
 
 _LIB = torch.library.Library("bicompile", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIB.define("mm(Tensor a, Tensor b) -> Tensor", tags=_TAGS)
+_LIB.define("mm_continued(Tensor? sums, Tensor a, Tensor b) -> Tensor", tags=_TAGS)
 _LIB.define("bmm(Tensor a, Tensor b) -> Tensor", tags=_TAGS)
 _LIB.define("addmm(Tensor c, Tensor a, Tensor b, float beta, float alpha) -> Tensor", tags=_TAGS)
 _LIB.define("baddbmm(Tensor c, Tensor a, Tensor b, float beta, float alpha) -> Tensor", tags=_TAGS)
@@ -31,6 +37,17 @@ EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 @torch.library.register_fake("bicompile::mm", lib=_LIB)
 def _(a: Tensor, b: Tensor) -> Tensor:
     return _new_product("mm", a, b, 2)
+
+
+@torch.library.register_fake("bicompile::mm_continued", lib=_LIB)
+def _(sums: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    product = _new_product("mm_continued", a, b, 2)
+    out = product.new_empty(product.shape, dtype=order_for(0, a.dtype).accumulator)
+    torch._check(
+        sums is None or (sums.dtype == out.dtype and sums.shape == out.shape),
+        lambda: f"bicompile::mm_continued: expected sums of {out.dtype} and shape {tuple(out.shape)}",
+    )
+    return out
 
 
 @torch.library.register_fake("bicompile::bmm", lib=_LIB)

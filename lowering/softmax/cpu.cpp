@@ -114,12 +114,66 @@ Tensor softmax_backward(const Tensor& grad, const Tensor& y, int64_t dim, bool l
   return log ? run(LogSoftmaxBackward{}) : run(SoftmaxBackward{});
 }
 
+// Of one row's classes [first, last): (one_hot - exp((x - shift) - log_total)) * grad, `index` being the hot one.
+template <class T, class S>
+void gradient_of_scores(const T* x, T* dx, int64_t first, int64_t last, int64_t index, S grad, S shift, S log_total) {
+  const Block<S> top = block_of(shift), log_sum = block_of(log_total), g = block_of(grad), negative = block_of(-grad);
+  auto probability = [&](int64_t k, int count) BICOMPILE_LAMBDA {
+    return exp((load_block<S>(x + k, count) - top) - log_sum);
+  };
+  for (int64_t k = first; k < last; k += kBlock) {
+    const int count = int(std::min<int64_t>(kBlock, last - k));
+    store_block(dx + k, probability(k, count) * negative, count);
+  }
+  if (index >= first && index < last) store_block(dx + index, (block_of(S(1)) - probability(index, 1)) * g, 1);
+}
+
+Tensor log_probability_backward(const Tensor& grad, const Tensor& scores, const Tensor& index, const Tensor& shift,
+                                const Tensor& log_total) {
+  const char* op = "log_probability_backward";
+  check_floating(op, "x", scores.scalar_type());
+  const ScalarType wide = computes_in_double(scores.scalar_type()) ? ScalarType::Double : ScalarType::Float;
+  auto checked = [&](const char* name, const Tensor& t, ScalarType dtype) {
+    STD_TORCH_CHECK(scores.dim() == 2 && t.dim() == 1 && t.size(0) == scores.size(0) && t.scalar_type() == dtype,
+                    "bicompile::", op, ": expected scores [N, C] and ", name, " [N] of ",
+                    torch::headeronly::toString(dtype), ", got ", scores.dim(), "-D scores and ", name, " of ",
+                    t.numel(), " elements of ", torch::headeronly::toString(t.scalar_type()),
+                    "; flatten the rows first");
+    return torch::stable::contiguous(t);
+  };
+  const Tensor g = checked("grad", grad, wide), at = checked("index", index, ScalarType::Long);
+  const Tensor top = checked("shift", shift, wide), log_sum = checked("log_total", log_total, wide);
+  const Tensor x = torch::stable::contiguous(scores);
+  const int64_t rows = x.size(0), n = x.size(1);
+  Tensor out = new_tensor({rows, n}, x.scalar_type());
+  dispatch(op, x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    using S = typename Compute<T>::Scalar;
+    auto data = [](const Tensor& t) { return static_cast<const S*>(t.data_ptr()); };
+    constexpr int64_t kPiece = 4 * kSliceTaskElements;  // of a long row, which several threads may share
+    const int64_t pieces = std::max<int64_t>(1, (n + kPiece - 1) / kPiece);
+    const int64_t rows_per_task = std::max<int64_t>(1, kSliceTaskElements / std::max<int64_t>(1, n));
+    const int64_t groups = (rows + rows_per_task - 1) / rows_per_task;
+    parallel_tasks(groups * pieces, rows * n * 8, [&](int64_t task) {
+      const int64_t first = task % pieces * kPiece, last = std::min(n, first + kPiece);
+      const int64_t start = task / pieces * rows_per_task, end = std::min(rows, start + rows_per_task);
+      for (int64_t row = start; row < end; row++) {
+        gradient_of_scores<T, S>(static_cast<const T*>(x.data_ptr()) + row * n, static_cast<T*>(out.data_ptr()) + row * n,
+                                 first, last, static_cast<const int64_t*>(at.data_ptr())[row], data(g)[row],
+                                 data(top)[row], data(log_sum)[row]);
+      }
+    });
+  });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
   m.impl("softmax", TORCH_BOX(&softmax));
   m.impl("softmax_backward", TORCH_BOX(&softmax_backward));
   m.impl("softmax_statistics", TORCH_BOX(&softmax_statistics));
+  m.impl("log_probability_backward", TORCH_BOX(&log_probability_backward));
 }
 
 }  // namespace bicompile

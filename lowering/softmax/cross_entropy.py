@@ -10,6 +10,7 @@ Numerics: the log-probability has the bits that ``log_softmax`` in float32 gives
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,12 +52,24 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor, None, 
         logs = torch.log_softmax(wide, dim)
     else:
         logs = (wide - shift.unsqueeze(dim)) - log_total.unsqueeze(dim)
-    shape = [1] * x.dim()
-    shape[dim] = x.shape[dim]
-    classes = torch.arange(x.shape[dim], device=x.device).view(shape)
+    return gradient_of_scores(grad, logs, index, dim).to(x.dtype), None, None
+
+
+def gradient_of_scores(grad: Tensor, logs: Tensor, index: Tensor, dim: int) -> Tensor:
+    """What the scores get of ``grad``, the gradient of the log-probabilities, in its dtype; elementwise.
+
+    Args:
+        grad: of the shape of ``index``.
+        logs: the scores' log-softmax over ``dim``.
+        index: the class of each row; one that is not in ``logs`` is none of its classes.
+        dim: that of the classes.
+    """
+    shape = [1] * logs.dim()
+    shape[dim] = logs.shape[dim]
+    classes = torch.arange(logs.shape[dim], device=logs.device).view(shape)
     probabilities = logs.exp()
     difference = torch.where(classes == index.unsqueeze(dim), 1.0 - probabilities, -probabilities)
-    return (difference * grad.unsqueeze(dim)).to(x.dtype), None, None
+    return difference * grad.unsqueeze(dim)
 
 
 torch.library.register_autograd("bicompile::log_probability", _backward, setup_context=_setup_context, lib=_LIB)
@@ -82,13 +95,28 @@ def cross_entropy_loss(
         return None
     if weight is not None and weight.shape != (x.shape[dim],):
         return None
+    loss = loss_of(
+        lambda classes: torch.ops.bicompile.log_probability(x, classes, dim)[0], target, weight, reduction, ignore_index
+    )
+    return loss.to(x.dtype)
+
+
+def loss_of(
+    log_probability_of: Callable[[Tensor], Tensor],
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: int,
+    ignore_index: int,
+) -> Tensor:
+    """The loss of the classes ``target``, in the dtype of their log-probabilities; arguments as ATen's.
+
+    ``log_probability_of`` is asked for classes in the place of ``target``, class 0 where that is ``ignore_index``.
+    """
     counted = target != ignore_index
     classes = torch.where(counted, target, 0)
-    loss = -torch.ops.bicompile.log_probability(x, classes, dim)[0]
+    loss = -log_probability_of(classes)
     share = counted.to(loss.dtype) if weight is None else torch.where(counted, weight.to(loss.dtype)[classes], 0.0)
     loss = torch.where(counted, loss * share, 0.0)
     if reduction == 1:
-        loss = loss.sum() / share.sum()
-    elif reduction == 2:
-        loss = loss.sum()
-    return loss.to(x.dtype)
+        return loss.sum() / share.sum()
+    return loss.sum() if reduction == 2 else loss

@@ -5,6 +5,9 @@ rounded once to ``dtype``.  A row of nothing but ``-inf`` gives NaN, as in torch
 
 ``softmax_statistics`` are the two numbers of each row that a log-softmax is: ``(x - shift) - log_total``, bit for bit.
 
+``log_probability_backward`` makes of them what scores ``x`` [N, C] get of the gradient ``grad`` [N] of the
+log-probabilities of one class of each row: ``(one_hot - exp(log_softmax)) * grad``, rounded to the dtype of ``x``.
+
 Numerics: the row's exact maximum is subtracted, sums have the order of ``order.py``, every operation is rounded.
 """
 
@@ -20,6 +23,10 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIB = torch.library.Library("bicompile", "FRAGMENT")
 _LIB.define("softmax(Tensor x, int dim, bool log, ScalarType dtype, bool safe=False) -> Tensor", tags=_TAGS)
 _LIB.define("softmax_statistics(Tensor x, int dim) -> (Tensor shift, Tensor log_total)", tags=_TAGS)
+_LIB.define(
+    "log_probability_backward(Tensor grad, Tensor x, Tensor index, Tensor shift, Tensor log_total) -> Tensor",
+    tags=_TAGS,
+)
 _LIB.define("softmax_backward(Tensor grad, Tensor y, int dim, bool log, ScalarType dtype) -> Tensor", tags=_TAGS)
 
 
@@ -57,6 +64,22 @@ def _(grad: Tensor, y: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tenso
     return y.new_empty(y.shape, dtype=dtype)
 
 
+@torch.library.register_fake("bicompile::log_probability_backward", lib=_LIB)
+def _(grad: Tensor, x: Tensor, index: Tensor, shift: Tensor, log_total: Tensor) -> Tensor:
+    check_floating("log_probability_backward", "x", x.dtype)
+    wide = statistics_dtype(x.dtype)
+    rows = (("grad", grad, wide), ("index", index, torch.int64), ("shift", shift, wide), ("log_total", log_total, wide))
+    for name, row, dtype in rows:
+        torch._check_value(
+            x.dim() == 2 and row.dim() == 1 and row.shape[0] == x.shape[0] and row.dtype == dtype,
+            lambda name=name, row=row, dtype=dtype: (
+                f"bicompile::log_probability_backward: expected scores [N, C] and {name} [N] of {dtype}, got shapes "
+                f"{tuple(x.shape)} and {tuple(row.shape)}, and {row.dtype}; flatten the rows first"
+            ),
+        )
+    return x.new_empty(x.shape)
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """What ``dtype`` is computed in, and statistics are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -80,6 +103,13 @@ def _softmax_statistics_cuda(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     return softmax_statistics(x, dim)
 
 
+def _log_probability_backward_cuda(grad: Tensor, x: Tensor, index: Tensor, shift: Tensor, log_total: Tensor) -> Tensor:
+    from .gpu_gradient import log_probability_backward
+
+    return log_probability_backward(grad, x, index, shift, log_total)
+
+
 _LIB.impl("softmax", _softmax_cuda, "CUDA")
+_LIB.impl("log_probability_backward", _log_probability_backward_cuda, "CUDA")
 _LIB.impl("softmax_statistics", _softmax_statistics_cuda, "CUDA")
 _LIB.impl("softmax_backward", _softmax_backward_cuda, "CUDA")

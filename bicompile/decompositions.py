@@ -281,6 +281,7 @@ _NORMAL_FORMS: dict[OpOverload, Callable[..., Any]] = {
     aten.max.dim: _first_extremum(torch.argmax),
     aten.min.dim: _first_extremum(torch.argmin),
     aten.glu.default: _glu,
+    aten._efficientzerotensor.default: aten.zeros.default,  # which second derivatives hold
     torch.ops.bicompile.log_probability.default: log_probability,
     aten.sort.default: _sort,
     aten.sort.stable: _stable_sort,

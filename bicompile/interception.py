@@ -1,10 +1,13 @@
-"""Catch attention and cross entropy above autograd, before PyTorch takes them apart.
+"""Catch attention, cross entropy and determinants above autograd, before PyTorch takes them apart.
 
 ``F.scaled_dot_product_attention`` is a composite op: by the time a decomposition table sees it, it has become one of
 several backend ops or a product of matrices, by shape, mask and dropout.  ``F.cross_entropy`` is one too, whose parts
 would keep the log-softmax of all classes for the gradient.  A Python kernel for their composite key is asked first,
 wherever Python dispatch is on: always while AOTAutograd traces, and inside ``bicompile.eager()``.  The gate keeps it
 out of every other backend's way.
+
+Determinants are caught too, to make their matrices contiguous: PyTorch's gradient goes by the layout of the matrix to
+tell whether the factors that it kept are those of the matrix or of its transpose, and ours are made of a copy.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C import DispatchKey
+from torch._ops import OpOverload
 
 from .lowering.attention.op import scaled_dot_product_attention
 from .lowering.softmax.cross_entropy import cross_entropy_loss
@@ -54,3 +59,16 @@ def _cross_entropy(*args: Any, **kwargs: Any) -> Any:
         if (loss := cross_entropy_loss(*args, **kwargs)) is not None:
             return loss
     return _CROSS_ENTROPY._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+
+def _of_contiguous(op: OpOverload) -> None:
+    """Give ``op`` a contiguous matrix while the context is open."""
+
+    @op.py_impl(DispatchKey.CompositeImplicitAutograd)
+    def _(matrix: Tensor) -> Any:
+        matrix = matrix.contiguous() if _ACTIVE.get() else matrix
+        return op._op_dk(DispatchKey.CompositeImplicitAutograd, matrix)
+
+
+_of_contiguous(torch.ops.aten.linalg_det.default)
+_of_contiguous(torch.ops.aten.linalg_slogdet.default)

@@ -7,7 +7,7 @@ gap, and end.  ``sdpa`` does it itself where it is not given these ``rows``; the
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -117,7 +117,18 @@ def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor 
     return dq, dk, dv, dmask if mask_grad else None, None, None, None
 
 
+def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
+    from bicompile.errors import UnsupportedOpError  # late: bicompile imports this module
+
+    raise UnsupportedOpError(
+        "bicompile::sdpa_backward: expected a gradient that is not differentiated again, got a second derivative of "
+        "attention, which PyTorch's fused attention has not either. Compute attention as a product, a softmax and a "
+        "product where you need one."
+    )
+
+
 torch.library.register_autograd("bicompile::sdpa", _backward, setup_context=_setup_context, lib=_LIB)
+torch.library.register_autograd("bicompile::sdpa_backward", _refuse_second_derivative, lib=_LIB)
 
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -44,7 +44,7 @@ _EXACT_NAMES = frozenset(
     aten.upsample_nearest2d aten.upsample_nearest3d aten.where aten.zeros aten.zeros_like inductor.resize_storage_bytes_
     prims._low_memory_max_pool_offsets_to_indices prims._low_memory_max_pool_with_offsets prims._make_token
     prims._sink_tokens prims.convert_element_type prims.copy_strided prims.device_put prims.inductor_force_stride_order
-    prims.iota prims.rev prims.view_of
+    prims.iota prims.rev prims.view_of profiler._record_function_enter_new profiler._record_function_exit
     """.split()
 )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
 from torch._ops import OpOverload, OpOverloadPacket
 
-from . import windows, writes
+from . import foreach, windows, writes
 from .errors import UnsupportedOpError
 from .lowering.attention.op import scaled_dot_product_attention
 from .lowering.softmax.cross_entropy import log_probability
@@ -285,6 +285,7 @@ _NORMAL_FORMS: dict[OpOverload, Callable[..., Any]] = {
     torch.ops.bicompile.log_probability.default: log_probability,
     aten.sort.default: _sort,
     aten.sort.stable: _stable_sort,
+    aten._foreach_norm.Scalar: foreach.norm,
     aten._fused_rms_norm.default: _fused_rms_norm,
     aten._fused_rms_norm_backward.default: _fused_rms_norm_backward,
     aten._transformer_encoder_layer_fwd.default: _encoder_layer,

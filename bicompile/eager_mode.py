@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from .decompositions import decomposition_table
 from .errors import UnsupportedOpError
+from .foreach import one_by_one
 from .interception import intercept_composites
 from .lowering.elementwise.op import PINNED_BINARY, PINNED_UNARY
 from .lowering.gpu.device import unsupported
@@ -39,12 +40,12 @@ bicompile = torch.ops.bicompile
 # One correctly rounded IEEE operation for each element, in PyTorch's vector code and scalar code alike.
 _CORRECTLY_ROUNDED = frozenset(
     """
-    aten.abs aten.bitwise_and aten.bitwise_left_shift aten.bitwise_not aten.bitwise_or aten.bitwise_right_shift
-    aten.bitwise_xor aten.ceil aten.clamp aten.clamp_max aten.clamp_min aten.copysign aten.div aten.eq aten.floor
-    aten.fmax aten.fmin aten.frac aten.frexp aten.ge aten.gt aten.isfinite aten.isinf aten.isnan aten.le
-    aten.logical_and aten.logical_not aten.logical_or aten.logical_xor aten.lt aten.maximum aten.minimum aten.mul
-    aten.ne aten.neg aten.reciprocal aten.relu aten.round aten.sgn aten.sign aten.signbit
-    aten.threshold_backward aten.trunc
+    aten._amp_foreach_non_finite_check_and_unscale aten._amp_update_scale aten.abs aten.bitwise_and
+    aten.bitwise_left_shift aten.bitwise_not aten.bitwise_or aten.bitwise_right_shift aten.bitwise_xor aten.ceil
+    aten.clamp aten.clamp_max aten.clamp_min aten.copysign aten.div aten.eq aten.floor aten.fmax aten.fmin aten.frac
+    aten.frexp aten.ge aten.gt aten.isfinite aten.isinf aten.isnan aten.le aten.logical_and aten.logical_not
+    aten.logical_or aten.logical_xor aten.lt aten.maximum aten.minimum aten.mul aten.ne aten.neg aten.reciprocal
+    aten.relu aten.round aten.sgn aten.sign aten.signbit aten.threshold_backward aten.trunc
     """.split()
 )
 
@@ -52,9 +53,10 @@ _CORRECTLY_ROUNDED = frozenset(
 # the sign of a NaN that is negated, in rounding denormals to integers.
 _CORRECTLY_ROUNDED_ON_GPU = frozenset(
     """
-    aten.bitwise_and aten.bitwise_left_shift aten.bitwise_not aten.bitwise_or aten.bitwise_right_shift aten.bitwise_xor
-    aten.eq aten.ge aten.gt aten.isfinite aten.isinf aten.isnan aten.le aten.logical_and aten.logical_not
-    aten.logical_or aten.logical_xor aten.lt aten.mul aten.ne aten.sqrt
+    aten._amp_foreach_non_finite_check_and_unscale aten._amp_update_scale aten.bitwise_and aten.bitwise_left_shift
+    aten.bitwise_not aten.bitwise_or aten.bitwise_right_shift aten.bitwise_xor aten.eq aten.ge aten.gt aten.isfinite
+    aten.isinf aten.isnan aten.le aten.logical_and aten.logical_not aten.logical_or aten.logical_xor aten.lt aten.mul
+    aten.ne aten.sqrt
     """.split()
 )
 # Of equal elements these name any on a GPU, so none runs as it is there: topk and sort are lowered, others refused.
@@ -125,6 +127,9 @@ class _LoweringMode(TorchDispatchMode):
                     result = decomposition(*args, **kwargs)
                 if result is not NotImplemented:
                     return result
+        with self:
+            if (results := one_by_one(func, args, kwargs)) is not None:
+                return results
         return self._refuse(func, args, kwargs)
 
     def _mutate(self, func: OpOverload, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -134,6 +139,10 @@ class _LoweringMode(TorchDispatchMode):
         destination = args[0] if out is None else out
         with self:
             result = target(**given)
+        if isinstance(destination, (list, tuple)):  # of a _foreach op
+            for own, part in zip(destination, result, strict=True):
+                own.copy_(part)
+            return None
         if out is not None and destination.shape != result.shape:
             destination.resize_(result.shape)
         return destination.copy_(result)

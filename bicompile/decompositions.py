@@ -266,7 +266,8 @@ def _refuse_attention(name: str) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise UnsupportedOpError(
             f"{name}: expected torch.nn.functional.scaled_dot_product_attention, got a call of one backend's own op, "
-            "whose order belongs to that backend. Call F.scaled_dot_product_attention instead."
+            "whose order belongs to that backend. Call F.scaled_dot_product_attention instead; inside torch.func.vmap, "
+            "which makes such a call of it, compute attention as a product, a softmax and a product."
         )
 
     return refuse

@@ -19,13 +19,12 @@ from torch._C import DispatchKey
 from torch._decomp import decomposition_table as core_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .decompositions import decomposition_table
 from .errors import UnsupportedOpError
 from .foreach import one_by_one
-from .interception import intercept_composites
+from .interception import InterceptingMode
 from .lowering.elementwise.op import PINNED_BINARY, PINNED_UNARY
 from .lowering.gpu.device import unsupported
 from .passes.lower_norms import BACKWARD_RULES
@@ -80,11 +79,11 @@ def eager(*, allow: Iterable[str] = (), on_refused: Literal["error", "warn"] = "
         NativeBuildError: an op inside computes on the CPU, and the CPU kernels cannot be built.
     """
     mode = _LoweringMode(frozenset(allow), on_refused)
-    with intercept_composites(), enable_python_dispatcher(), mode:
+    with enable_python_dispatcher(), mode:
         yield
 
 
-class _LoweringMode(TorchDispatchMode):
+class _LoweringMode(InterceptingMode):
     """Sends each op where it belongs; what an op is taken apart into passes through here again."""
 
     supports_higher_order_operators = True  # to refuse them by name, such as flex_attention

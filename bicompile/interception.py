@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from .lowering.attention.op import scaled_dot_product_attention
 from .lowering.softmax.cross_entropy import cross_entropy_loss
@@ -41,13 +42,21 @@ def intercept_composites() -> Iterator[None]:
 
 
 def is_intercepting() -> bool:
-    """Whether they go to our lowerings in this thread: while one of our graphs is traced, or in ``eager()``."""
-    return _ACTIVE.get()
+    """Whether they go to our lowerings in this thread: while one of our graphs is traced, or in ``eager()``.
+
+    A dispatch mode says so by itself: a backward pass on a GPU runs in a thread of its own, which has the caller's
+    modes and not its context variables, and may run parts of the forward pass again (activation checkpointing).
+    """
+    return _ACTIVE.get() or any(isinstance(mode, InterceptingMode) for mode in _get_current_dispatch_mode_stack())
+
+
+class InterceptingMode(TorchDispatchMode):
+    """A dispatch mode inside which they go to our lowerings."""
 
 
 @_SDPA.py_impl(DispatchKey.CompositeImplicitAutograd)
 def _attention(*args: Any, **kwargs: Any) -> Any:
-    if _ACTIVE.get():
+    if is_intercepting():
         return scaled_dot_product_attention(*args, **kwargs)
     return _SDPA._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
 
@@ -55,7 +64,7 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
 @_CROSS_ENTROPY.py_impl(DispatchKey.CompositeImplicitAutograd)
 def _cross_entropy(*args: Any, **kwargs: Any) -> Any:
     # torch.func's transforms, vmap above all, know PyTorch's own parts only.
-    if _ACTIVE.get() and torch._C._functorch.peek_interpreter_stack() is None:
+    if is_intercepting() and torch._C._functorch.peek_interpreter_stack() is None:
         if (loss := cross_entropy_loss(*args, **kwargs)) is not None:
             return loss
     return _CROSS_ENTROPY._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
@@ -66,7 +75,7 @@ def _of_contiguous(op: OpOverload) -> None:
 
     @op.py_impl(DispatchKey.CompositeImplicitAutograd)
     def _(matrix: Tensor) -> Any:
-        matrix = matrix.contiguous() if _ACTIVE.get() else matrix
+        matrix = matrix.contiguous() if is_intercepting() else matrix
         return op._op_dk(DispatchKey.CompositeImplicitAutograd, matrix)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
 from torch._ops import OpOverload, OpOverloadPacket
 
-from . import foreach, windows, writes
+from . import collectives, foreach, windows, writes
 from .errors import UnsupportedOpError
 from .lowering.attention.op import scaled_dot_product_attention
 from .lowering.softmax.cross_entropy import log_probability
@@ -312,4 +312,4 @@ def decomposition_table() -> dict[OpOverload, Callable[..., Any]]:
     for packet in _KEPT_WHOLE:
         for overload in packet.overloads():
             table.pop(getattr(packet, overload), None)
-    return table | _NORMAL_FORMS | windows.NORMAL_FORMS | writes.NORMAL_FORMS
+    return table | _NORMAL_FORMS | windows.NORMAL_FORMS | writes.NORMAL_FORMS | collectives.NORMAL_FORMS

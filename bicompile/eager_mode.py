@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._decomp import decomposition_table as core_decompositions
-from torch._dispatch.python import enable_python_dispatcher
+from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils._pytree import tree_leaves
 
@@ -113,7 +113,10 @@ class _LoweringMode(InterceptingMode):
         if (better := ordered(func, args, kwargs)) is not None:
             args, kwargs = better, {}
         if func.namespace == "bicompile" or _runs_as_it_is(func, args, kwargs, on_gpu):
-            return func(*args, **kwargs)
+            if func.namespace != "_c10d_functional":
+                return func(*args, **kwargs)
+            with no_python_dispatcher():  # a thread that communicates would have it, and wait for this one
+                return func(*args, **kwargs)
         if (target := _functional(func)) is not None:
             return self._mutate(func, target, args, kwargs)
         if (result := _lowered(func, args, kwargs)) is not None:

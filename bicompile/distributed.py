@@ -31,7 +31,7 @@ def mean_in_rank_order(group: dist.ProcessGroup | None, bucket: dist.GradBucket)
     flat = bucket.buffer()
     with _disable_current_modes(), no_python_dispatcher():  # this moves numbers only: see bicompile.eager_mode
         parts = flat.new_empty(among.size(), flat.numel())
-        work = dist.all_gather_into_tensor(parts.view(-1), flat, group=among, async_op=True)
+        work = dist.all_gather(list(parts.unbind()), flat, group=among, async_op=True)
     assert work is not None
 
     def mean(_: Any) -> torch.Tensor:

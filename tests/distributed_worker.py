@@ -124,7 +124,8 @@ def check_fully_sharded() -> None:
     ours.square().sum().backward()
     every = [local_gradients(rank)[1] for rank in range(RANKS)]
     for parameter, parts in zip(model.parameters(), zip(*every, strict=True), strict=True):
-        torch.testing.assert_close(parameter.grad.full_tensor(), torch.stack(parts).mean(0))
+        mean = torch.stack(parts).mean(0)
+        assert (parameter.grad.full_tensor() - mean).norm() <= 1e-6 * mean.norm()
 
 
 def main() -> None:

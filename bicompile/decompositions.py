@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
 from torch._ops import OpOverload, OpOverloadPacket
 
-from . import bags, distances, windows, writes
+from . import bags, collectives, distances, foreach, windows, writes
 from .errors import UnsupportedOpError
 from .lowering.attention.op import scaled_dot_product_attention
 from .lowering.softmax.cross_entropy import log_probability
@@ -266,7 +266,8 @@ def _refuse_attention(name: str) -> Callable[..., Any]:
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise UnsupportedOpError(
             f"{name}: expected torch.nn.functional.scaled_dot_product_attention, got a call of one backend's own op, "
-            "whose order belongs to that backend. Call F.scaled_dot_product_attention instead."
+            "whose order belongs to that backend. Call F.scaled_dot_product_attention instead; inside torch.func.vmap, "
+            "which makes such a call of it, compute attention as a product, a softmax and a product."
         )
 
     return refuse
@@ -281,9 +282,11 @@ _NORMAL_FORMS: dict[OpOverload, Callable[..., Any]] = {
     aten.max.dim: _first_extremum(torch.argmax),
     aten.min.dim: _first_extremum(torch.argmin),
     aten.glu.default: _glu,
+    aten._efficientzerotensor.default: aten.zeros.default,  # which second derivatives hold
     torch.ops.bicompile.log_probability.default: log_probability,
     aten.sort.default: _sort,
     aten.sort.stable: _stable_sort,
+    aten._foreach_norm.Scalar: foreach.norm,
     aten._fused_rms_norm.default: _fused_rms_norm,
     aten._fused_rms_norm_backward.default: _fused_rms_norm_backward,
     aten._transformer_encoder_layer_fwd.default: _encoder_layer,
@@ -309,6 +312,6 @@ def decomposition_table() -> dict[OpOverload, Callable[..., Any]]:
     for packet in _KEPT_WHOLE:
         for overload in packet.overloads():
             table.pop(getattr(packet, overload), None)
-    return (
-        table | _NORMAL_FORMS | bags.NORMAL_FORMS | distances.NORMAL_FORMS | windows.NORMAL_FORMS | writes.NORMAL_FORMS
-    )
+    for module in (bags, collectives, distances, windows, writes):
+        table |= module.NORMAL_FORMS
+    return table | _NORMAL_FORMS

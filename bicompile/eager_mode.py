@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._decomp import decomposition_table as core_decompositions
-from torch._dispatch.python import enable_python_dispatcher
+from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .decompositions import decomposition_table
 from .errors import UnsupportedOpError
-from .interception import intercept_composites
+from .foreach import one_by_one
+from .interception import InterceptingMode
 from .lowering.elementwise.op import PINNED_BINARY, PINNED_UNARY
 from .lowering.gpu.device import unsupported
 from .passes.lower_norms import BACKWARD_RULES
@@ -39,12 +39,12 @@ bicompile = torch.ops.bicompile
 # One correctly rounded IEEE operation for each element, in PyTorch's vector code and scalar code alike.
 _CORRECTLY_ROUNDED = frozenset(
     """
-    aten.abs aten.bitwise_and aten.bitwise_left_shift aten.bitwise_not aten.bitwise_or aten.bitwise_right_shift
-    aten.bitwise_xor aten.ceil aten.clamp aten.clamp_max aten.clamp_min aten.copysign aten.div aten.eq aten.floor
-    aten.fmax aten.fmin aten.frac aten.frexp aten.ge aten.gt aten.isfinite aten.isinf aten.isnan aten.le
-    aten.logical_and aten.logical_not aten.logical_or aten.logical_xor aten.lt aten.maximum aten.minimum aten.mul
-    aten.ne aten.neg aten.reciprocal aten.relu aten.round aten.sgn aten.sign aten.signbit
-    aten.threshold_backward aten.trunc
+    aten._amp_foreach_non_finite_check_and_unscale aten._amp_update_scale aten.abs aten.bitwise_and
+    aten.bitwise_left_shift aten.bitwise_not aten.bitwise_or aten.bitwise_right_shift aten.bitwise_xor aten.ceil
+    aten.clamp aten.clamp_max aten.clamp_min aten.copysign aten.div aten.eq aten.floor aten.fmax aten.fmin aten.frac
+    aten.frexp aten.ge aten.gt aten.isfinite aten.isinf aten.isnan aten.le aten.logical_and aten.logical_not
+    aten.logical_or aten.logical_xor aten.lt aten.maximum aten.minimum aten.mul aten.ne aten.neg aten.reciprocal
+    aten.relu aten.round aten.sgn aten.sign aten.signbit aten.threshold_backward aten.trunc
     """.split()
 )
 
@@ -52,9 +52,10 @@ _CORRECTLY_ROUNDED = frozenset(
 # the sign of a NaN that is negated, in rounding denormals to integers.
 _CORRECTLY_ROUNDED_ON_GPU = frozenset(
     """
-    aten.bitwise_and aten.bitwise_left_shift aten.bitwise_not aten.bitwise_or aten.bitwise_right_shift aten.bitwise_xor
-    aten.eq aten.ge aten.gt aten.isfinite aten.isinf aten.isnan aten.le aten.logical_and aten.logical_not
-    aten.logical_or aten.logical_xor aten.lt aten.mul aten.ne aten.sqrt
+    aten._amp_foreach_non_finite_check_and_unscale aten._amp_update_scale aten.bitwise_and aten.bitwise_left_shift
+    aten.bitwise_not aten.bitwise_or aten.bitwise_right_shift aten.bitwise_xor aten.eq aten.ge aten.gt aten.isfinite
+    aten.isinf aten.isnan aten.le aten.logical_and aten.logical_not aten.logical_or aten.logical_xor aten.lt aten.mul
+    aten.ne aten.sqrt
     """.split()
 )
 # Of equal elements these name any on a GPU, so none runs as it is there: topk and sort are lowered, others refused.
@@ -78,11 +79,11 @@ def eager(*, allow: Iterable[str] = (), on_refused: Literal["error", "warn"] = "
         NativeBuildError: an op inside computes on the CPU, and the CPU kernels cannot be built.
     """
     mode = _LoweringMode(frozenset(allow), on_refused)
-    with intercept_composites(), enable_python_dispatcher(), mode:
+    with enable_python_dispatcher(), mode:
         yield
 
 
-class _LoweringMode(TorchDispatchMode):
+class _LoweringMode(InterceptingMode):
     """Sends each op where it belongs; what an op is taken apart into passes through here again."""
 
     supports_higher_order_operators = True  # to refuse them by name, such as flex_attention
@@ -112,7 +113,10 @@ class _LoweringMode(TorchDispatchMode):
         if (better := ordered(func, args, kwargs)) is not None:
             args, kwargs = better, {}
         if func.namespace == "bicompile" or _runs_as_it_is(func, args, kwargs, on_gpu):
-            return func(*args, **kwargs)
+            if func.namespace != "_c10d_functional":
+                return func(*args, **kwargs)
+            with no_python_dispatcher():  # a thread that communicates would have it, and wait for this one
+                return func(*args, **kwargs)
         if (target := _functional(func)) is not None:
             return self._mutate(func, target, args, kwargs)
         if (result := _lowered(func, args, kwargs)) is not None:
@@ -125,6 +129,9 @@ class _LoweringMode(TorchDispatchMode):
                     result = decomposition(*args, **kwargs)
                 if result is not NotImplemented:
                     return result
+        with self:
+            if (results := one_by_one(func, args, kwargs)) is not None:
+                return results
         return self._refuse(func, args, kwargs)
 
     def _mutate(self, func: OpOverload, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -134,6 +141,10 @@ class _LoweringMode(TorchDispatchMode):
         destination = args[0] if out is None else out
         with self:
             result = target(**given)
+        if isinstance(destination, (list, tuple)):  # of a _foreach op
+            for own, part in zip(destination, result, strict=True):
+                own.copy_(part)
+            return None
         if out is not None and destination.shape != result.shape:
             destination.resize_(result.shape)
         return destination.copy_(result)

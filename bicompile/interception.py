@@ -1,10 +1,13 @@
-"""Catch attention and cross entropy above autograd, before PyTorch takes them apart.
+"""Catch attention, cross entropy and determinants above autograd, before PyTorch takes them apart.
 
 ``F.scaled_dot_product_attention`` is a composite op: by the time a decomposition table sees it, it has become one of
 several backend ops or a product of matrices, by shape, mask and dropout.  ``F.cross_entropy`` is one too, whose parts
 would keep the log-softmax of all classes for the gradient.  A Python kernel for their composite key is asked first,
 wherever Python dispatch is on: always while AOTAutograd traces, and inside ``bicompile.eager()``.  The gate keeps it
 out of every other backend's way.
+
+Determinants are caught too, to make their matrices contiguous: PyTorch's gradient goes by the layout of the matrix to
+tell whether the factors that it kept are those of the matrix or of its transpose, and ours are made of a copy.
 """
 
 from __future__ import annotations
@@ -15,7 +18,10 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C import DispatchKey
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from .lowering.attention.op import scaled_dot_product_attention
 from .lowering.softmax.cross_entropy import cross_entropy_loss
@@ -36,13 +42,21 @@ def intercept_composites() -> Iterator[None]:
 
 
 def is_intercepting() -> bool:
-    """Whether they go to our lowerings in this thread: while one of our graphs is traced, or in ``eager()``."""
-    return _ACTIVE.get()
+    """Whether they go to our lowerings in this thread: while one of our graphs is traced, or in ``eager()``.
+
+    A dispatch mode says so by itself: a backward pass on a GPU runs in a thread of its own, which has the caller's
+    modes and not its context variables, and may run parts of the forward pass again (activation checkpointing).
+    """
+    return _ACTIVE.get() or any(isinstance(mode, InterceptingMode) for mode in _get_current_dispatch_mode_stack())
+
+
+class InterceptingMode(TorchDispatchMode):
+    """A dispatch mode inside which they go to our lowerings."""
 
 
 @_SDPA.py_impl(DispatchKey.CompositeImplicitAutograd)
 def _attention(*args: Any, **kwargs: Any) -> Any:
-    if _ACTIVE.get():
+    if is_intercepting():
         return scaled_dot_product_attention(*args, **kwargs)
     return _SDPA._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
 
@@ -50,7 +64,20 @@ def _attention(*args: Any, **kwargs: Any) -> Any:
 @_CROSS_ENTROPY.py_impl(DispatchKey.CompositeImplicitAutograd)
 def _cross_entropy(*args: Any, **kwargs: Any) -> Any:
     # torch.func's transforms, vmap above all, know PyTorch's own parts only.
-    if _ACTIVE.get() and torch._C._functorch.peek_interpreter_stack() is None:
+    if is_intercepting() and torch._C._functorch.peek_interpreter_stack() is None:
         if (loss := cross_entropy_loss(*args, **kwargs)) is not None:
             return loss
     return _CROSS_ENTROPY._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+
+def _of_contiguous(op: OpOverload) -> None:
+    """Give ``op`` a contiguous matrix while the context is open."""
+
+    @op.py_impl(DispatchKey.CompositeImplicitAutograd)
+    def _(matrix: Tensor) -> Any:
+        matrix = matrix.contiguous() if is_intercepting() else matrix
+        return op._op_dk(DispatchKey.CompositeImplicitAutograd, matrix)
+
+
+_of_contiguous(torch.ops.aten.linalg_det.default)
+_of_contiguous(torch.ops.aten.linalg_slogdet.default)

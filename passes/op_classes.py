@@ -24,8 +24,10 @@ prims = torch.ops.prims
 
 _EXACT_NAMES = frozenset(
     """
-    aten._assert_async aten._assert_scalar aten._assert_tensor_metadata aten._conj_physical
-    aten._functional_assert_async aten._local_scalar_dense aten._to_copy aten._unique2 aten._unsafe_index
+    _c10d_functional.all_gather_into_tensor _c10d_functional.all_gather_into_tensor_coalesced
+    _c10d_functional.all_to_all_single _c10d_functional.broadcast _c10d_functional.wait_tensor aten._assert_async
+    aten._assert_scalar aten._assert_tensor_metadata aten._conj_physical aten._functional_assert_async
+    aten._has_same_storage_numel aten._local_scalar_dense aten._to_copy aten._unique2 aten._unsafe_index
     aten._unsafe_index_put aten._unsafe_masked_index aten._unsafe_view aten._upsample_nearest_exact1d
     aten._upsample_nearest_exact2d aten._upsample_nearest_exact3d aten.adaptive_max_pool2d aten.adaptive_max_pool3d
     aten.all aten.any aten.arange aten.argmax aten.argmin aten.as_strided_copy aten.as_strided_scatter
@@ -33,18 +35,18 @@ _EXACT_NAMES = frozenset(
     aten.copy_ aten.cummax aten.cummin aten.diagonal_copy aten.diagonal_scatter aten.embedding aten.empty
     aten.empty_like aten.empty_permuted aten.empty_strided aten.equal aten.fill aten.flip aten.full aten.full_like
     aten.gather aten.histc aten.index aten.index_put aten.index_select aten.isin aten.item aten.kthvalue aten.lift
-    aten.lift_fresh_copy aten.lu_unpack aten.masked_fill aten.masked_scatter aten.masked_select aten.max
-    aten.max_pool2d_with_indices aten.max_pool3d_with_indices aten.median aten.min aten.nanmedian aten.new_empty
-    aten.new_empty_strided aten.new_full aten.nonzero aten.nonzero_static aten.ones aten.ones_like aten.repeat
-    aten.repeat_interleave aten.resize aten.roll aten.scalar_tensor aten.scatter aten.searchsorted aten.select_backward
-    aten.select_scatter aten.set_ aten.slice_backward aten.slice_scatter aten.sort aten.squeeze_copy aten.stack
-    aten.sym_constrain_range aten.sym_constrain_range_for_size aten.sym_numel aten.sym_size aten.sym_storage_offset
-    aten.sym_stride aten.topk aten.tril aten.tril_indices aten.triu aten.triu_indices aten.unfold_copy
-    aten.unique_consecutive aten.unique_dim aten.upsample_nearest1d aten.upsample_nearest2d aten.upsample_nearest3d
-    aten.where aten.zeros aten.zeros_like inductor.resize_storage_bytes_ prims._low_memory_max_pool_offsets_to_indices
-    prims._low_memory_max_pool_with_offsets prims._make_token prims._sink_tokens prims.convert_element_type
-    prims.copy_strided prims.device_put prims.inductor_force_stride_order prims.iota prims.rev prims.view_of
-    profiler._record_function_enter_new profiler._record_function_exit
+    aten.lift_fresh_copy aten.lu_unpack aten.masked_fill aten.masked_scatter aten.masked_scatter_backward
+    aten.masked_select aten.max aten.max_pool2d_with_indices aten.max_pool3d_with_indices aten.median aten.min
+    aten.nanmedian aten.new_empty aten.new_empty_strided aten.new_full aten.nonzero aten.nonzero_static aten.ones
+    aten.ones_like aten.repeat aten.repeat_interleave aten.resize aten.roll aten.scalar_tensor aten.scatter
+    aten.searchsorted aten.select_backward aten.select_scatter aten.set_ aten.slice_backward aten.slice_scatter
+    aten.sort aten.squeeze_copy aten.stack aten.sym_constrain_range aten.sym_constrain_range_for_size aten.sym_numel
+    aten.sym_size aten.sym_storage_offset aten.sym_stride aten.topk aten.tril aten.tril_indices aten.triu
+    aten.triu_indices aten.unfold_copy aten.unique_consecutive aten.unique_dim aten.upsample_nearest1d
+    aten.upsample_nearest2d aten.upsample_nearest3d aten.where aten.zeros aten.zeros_like inductor.resize_storage_bytes_
+    prims._low_memory_max_pool_offsets_to_indices prims._low_memory_max_pool_with_offsets prims._make_token
+    prims._sink_tokens prims.convert_element_type prims.copy_strided prims.device_put prims.inductor_force_stride_order
+    prims.iota prims.rev prims.view_of profiler._record_function_enter_new profiler._record_function_exit
     """.split()
 )
 

@@ -24,6 +24,7 @@ PUBLIC = {
     "bicompile.testing": None,
     "bicompile.transformers": None,
     "bicompile.sampling": ("SeededSampler",),
+    "bicompile.distributed": None,
 }
 
 # -- Code -------------------------------------------------------------------------------------------------------------

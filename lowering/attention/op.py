@@ -7,7 +7,7 @@ gap, and end.  ``sdpa`` does it itself where it is not given these ``rows``; the
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -117,7 +117,22 @@ def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor 
     return dq, dk, dv, dmask if mask_grad else None, None, None, None
 
 
+def _unsupported(message: str) -> Exception:
+    from bicompile.errors import UnsupportedOpError  # late: bicompile imports this module
+
+    return UnsupportedOpError(message)
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Tensor | None) -> NoReturn:
+    raise _unsupported(
+        "bicompile::sdpa_backward: expected a gradient that is not differentiated again, got a second derivative of "
+        "attention, which PyTorch's fused attention has not either. Compute attention as a product, a softmax and a "
+        "product where you need one."
+    )
+
+
 torch.library.register_autograd("bicompile::sdpa", _backward, setup_context=_setup_context, lib=_LIB)
+torch.library.register_autograd("bicompile::sdpa_backward", _refuse_second_derivative, lib=_LIB)
 
 
 def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -142,15 +157,19 @@ def scaled_dot_product_attention(
     query heads.  A query row that sees no key gives zeros and has zero gradients.
 
     Raises:
-        UnsupportedOpError: ``dropout_p`` above 0.
+        UnsupportedOpError: ``dropout_p`` above 0, or inside a transform of ``torch.func``.
         ValueError: shapes or dtypes that do not go together.
     """
     if dropout_p > 0.0:
-        from bicompile.errors import UnsupportedOpError  # late: bicompile imports this module
-
-        raise UnsupportedOpError(
+        raise _unsupported(
             f"scaled_dot_product_attention: dropout_p={dropout_p} draws random numbers by position in the batch and "
             "has no batch-invariant lowering; call it with dropout_p=0.0 (model.eval() in most models)"
+        )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise _unsupported(
+            "scaled_dot_product_attention: expected no transform of torch.func around it, got one, such as grad or "
+            "vmap, which its gradient does not serve. Compute attention there as a product, a softmax and a product "
+            "(in transformers, attn_implementation='eager')."
         )
     _check(query, key, value, attn_mask, is_causal, enable_gqa)
     if scale is None:

@@ -95,7 +95,9 @@ def _can_fuse(match: _Match) -> bool:
     if not plain or given["reduction"] not in _REDUCTIONS or not isinstance(given["ignore_index"], int):
         return False
     hidden, weight, bias = _layer(match.linear)
-    nodes = [n for n in (hidden, weight, bias, match.linear, *match.moves, given["target"]) if n is not None]
+    nodes = [
+        n for n in (hidden, weight, bias, match.linear, *match.moves, given["target"], match.loss) if n is not None
+    ]
     values = [_example(n) for n in nodes]
     if any(v is None for v in values) or len({v.device for v in values if v is not None}) != 1:
         return False
@@ -199,6 +201,7 @@ def _may_interfere(node: Node) -> bool:
         return name in ("setitem", "delitem") or (name.startswith("i") and hasattr(operator, name[1:]))
     known = module.split(".")[0] in ("torch", "_operator", "builtins", "math")
     writes = name.endswith("_") or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+    # Private names are the switches; a True may be an inplace that has no name here.
     return not known or writes or name.startswith("_") or any(argument is True for argument in node.args)
 
 

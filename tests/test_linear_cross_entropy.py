@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -391,7 +390,8 @@ def test_pass_finds_the_loss_of_a_transformers_model():
     assert only_loss == ["linear_cross_entropy.default"]
 
 
-def test_order_sees_no_rows():
-    assert "size" in inspect.signature(lowering.chunks).parameters  # a schedule may
-    cuts: Iterator[slice] = lowering.chunks(400, 10, 4)
-    assert [(c.start, c.stop) for c in cuts] == [(0, 192), (192, 384), (384, 400)]
+def test_chunks_end_between_the_blocks_of_a_product_and_leave_nothing_out(monkeypatch: pytest.MonkeyPatch):
+    assert [(c.start, c.stop) for c in lowering.chunks(400, 10, 4)] == [(0, 192), (192, 384), (384, 400)]
+    monkeypatch.setattr(lowering, "CHUNK_BYTES", 500 * 40)
+    assert [(c.start, c.stop) for c in lowering.chunks(400, 10, 4)] == [(0, 384), (384, 400)]
+    assert not list(lowering.chunks(0, 10, 4))

@@ -1,4 +1,4 @@
-"""Reductions across processes, in the order of the ranks.
+"""Reductions across processes, in one order of the ranks.
 
 How a backend such as NCCL or gloo adds follows its rings and trees, and an element's place in the buffer.  So the
 parts are moved, which is exact, and added by the reductions of ``bicompile.lowering``::
@@ -41,7 +41,7 @@ def _gathered(x: Tensor, group: str) -> Tensor:
     """``[ranks, *x.shape]``."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    c10d, ranks = torch.ops._c10d_functional, _resolve_process_group(group).size()
+    c10d, ranks = torch.ops._c10d_functional, _resolve_process_group(group).size()  # type: ignore[arg-type]
     return c10d.wait_tensor(c10d.all_gather_into_tensor(x.contiguous().unsqueeze(0), ranks, group))
 
 

@@ -1,4 +1,4 @@
-"""Gradients of ``DistributedDataParallel``, which are reduced outside of every graph, in the order of the ranks."""
+"""Gradients of ``DistributedDataParallel``, which are reduced outside of every graph, in one order of the ranks."""
 
 # No annotations as strings here: register_comm_hook compares them with the types.
 
@@ -13,7 +13,7 @@ from .lowering.reduction import op as _registers_mean  # noqa: F401
 
 
 def mean_in_rank_order(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """A communication hook: the mean of the ranks' gradients, added in the order of the ranks.
+    """A communication hook: the mean of the ranks' gradients, added in one order of the ranks.
 
         model = DistributedDataParallel(torch.compile(model, backend="batch_invariant"))
         model.register_comm_hook(None, mean_in_rank_order)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 import bicompile
 from bicompile.testing import same_bits
 
+pytestmark = pytest.mark.optimised
+
 
 class Block(nn.Module):
     """Two products, a norm and a softmax: one of each thing that stock PyTorch varies."""

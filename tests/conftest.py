@@ -1,4 +1,4 @@
-"""What every test shares: Hypothesis profiles, quiet threads, and a fresh Dynamo for each test."""
+"""What every test shares: Hypothesis profiles, quiet threads, quick compilation, and a fresh Dynamo for each test."""
 
 from __future__ import annotations
 
@@ -33,8 +33,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Before several workers start, compile the CPU kernels on all processors: else one compiles and the rest wait."""
-    if session.config.getoption("numprocesses", None):
+    """Before several workers start, compile the CPU kernels on all processors: else one compiles and the rest wait.
+
+    Not beside a GPU, whose tests need few of them.
+    """
+    if session.config.getoption("numprocesses", None) and not torch.cuda.is_available():
         from bicompile.lowering import native
 
         native.load(*native.libraries())

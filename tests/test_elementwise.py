@@ -25,6 +25,8 @@ from bicompile.lowering.elementwise.codegen_cpu import materialise_headers, pinn
 from bicompile.lowering.elementwise.op import PINNED_BINARY, PINNED_UNARY
 from bicompile.testing import same_bits
 
+pytestmark = pytest.mark.optimised
+
 _SETTINGS = {
     "emulate_precision_casts": True,
     "eager_numerics.division_rounding": True,

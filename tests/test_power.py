@@ -19,6 +19,7 @@ from bicompile.errors import BatchInvarianceError
 from bicompile.testing import assert_batch_invariant, same_bits
 from bicompile.testing.strategies import Batch, batches, scattered_values
 
+pytestmark = pytest.mark.optimised
 # Where MKL is not torch's BLAS, kernels are others, and a family may happen to be invariant.
 needs_mkl = pytest.mark.skipif(
     not torch.backends.mkl.is_available(), reason="controls were measured with MKL on x86-64"

@@ -32,6 +32,11 @@ def all_results(x: Tensor) -> list[Tensor]:
     return results
 
 
+def results_on_any_processor() -> list[Tensor]:
+    """For tests/test_instruction_sets.py."""
+    return [result for dtype in DTYPES for result in all_results(spread((7, 5, 133), dtype, 3))]
+
+
 def test_order_sees_one_row_only():
     assert list(inspect.signature(order_for).parameters) == ["n", "dtype"]
 

@@ -19,7 +19,7 @@ from bicompile.sampling import SeededSampler
 from bicompile.testing import same_bits
 from bicompile.transformers import cover, seed_requests
 
-NEW = 20  # with the prompts, more than the window of the sliding layers
+NEW = 13  # with the prompts, more than the window of the sliding layers
 PROMPTS = [tokens(1, n, seed=n)[0] for n in (12, 5, 30)]
 MIXED = (2, 0, 1)  # the prompts in another order, for company
 

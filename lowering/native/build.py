@@ -31,7 +31,7 @@ _LOWERING = _NATIVE.parent
 _ISA_FLAGS = {
     "native": ["-march=native"],
     # The builds that check the first: nobody waits for their speed, only for their compilation.
-    "avx2": ["-march=x86-64-v3", "-O1"],
+    "avx2": ["-march=x86-64-v3", "-O0"],
     "scalar": ["-DBICOMPILE_SCALAR", "-O0"],
 }
 # Never -ffast-math: the kernels state their order, and the compiler must keep it.

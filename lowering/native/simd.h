@@ -22,7 +22,14 @@
 #include <immintrin.h>
 #endif
 
+// Without optimisation, inlining by force would only make the compiler write every function again at every call.
+#ifdef __OPTIMIZE__
 #define BICOMPILE_INLINE inline __attribute__((always_inline))
+#define BICOMPILE_LAMBDA __attribute__((always_inline))
+#else
+#define BICOMPILE_INLINE inline
+#define BICOMPILE_LAMBDA
+#endif
 
 namespace bicompile {
 

@@ -14,8 +14,6 @@
 
 #include "../native/simd.h"
 
-#define BICOMPILE_LAMBDA __attribute__((always_inline))
-
 namespace bicompile {
 
 constexpr int kBlock = 32;

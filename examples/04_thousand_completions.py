@@ -94,8 +94,8 @@ def running(mode: str, chosen: Subject, dtype: torch.dtype, device: str) -> Iter
         yield model
         return
     torch._dynamo.reset()
-    backend = OURS if mode == OURS else "inductor"
-    share_layers(model, functools.partial(torch.compile, backend=backend, dynamic=True))
+    backend, attention = (OURS, "batch_invariant") if mode == OURS else ("inductor", "sdpa")
+    share_layers(model, functools.partial(torch.compile, backend=backend, dynamic=True), attention)
     own = inductor.patch(batch_invariant=True) if mode.startswith("inductor's") else contextlib.nullcontext()
     with one_graph_settings(), own:
         yield model

@@ -178,7 +178,7 @@ def _stub(op: str) -> Callable[..., Any]:
         if LIBRARY_OF[op] in _loaded or any(x.device.type != "cpu" for x in tensors):
             kinds = sorted({f"{x.layout} on {x.device}" for x in tensors})
             raise NotImplementedError(f"{op}: expected dense tensors on the CPU or on a GPU, got {', '.join(kinds)}")
-        load(LIBRARY_OF[op])
+        torch.compiler.disable(load)(LIBRARY_OF[op])  # Dynamo may be about, for what called this
         with torch._C._AutoDispatchBelowAutograd():
             return _overload(op)(*args, **kwargs)
 

@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import bicompile
 from bicompile.lowering import loading, native
@@ -82,3 +84,28 @@ def test_what_no_kernel_takes_is_refused_by_name():
         with pytest.raises(NotImplementedError, match="bicompile::mm: expected dense.*sparse_coo on cpu"):
             torch.ops.bicompile.mm(x.to_sparse(), x)
     assert bicompile.testing.same_bits(torch.ops.bicompile.mm(x, x), x)
+
+
+def test_what_loads_a_library_is_not_compiled(monkeypatch: pytest.MonkeyPatch):
+    """Where Dynamo gives up a function, it goes on in the functions that this one calls."""
+    graphs: list[Any] = []
+
+    def load(name: str) -> None:
+        graphs.append(torch.compiler.is_compiling())
+        torch.ones(3).sin()
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    @torch.compile(backend=backend)
+    def fn(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return loading._stub("bicompile::mm")(x, x)
+
+    x = torch.eye(3)
+    loading.load("matmul")
+    monkeypatch.setattr(loading, "_loaded", set())
+    monkeypatch.setattr(loading, "load", load)
+    fn(x)
+    assert graphs == [False]

@@ -35,15 +35,17 @@ def one_graph_settings() -> Iterator[None]:
         yield
 
 
-def share_layers(model: Any, compile: Compiler) -> None:
+def share_layers(model: Any, compile: Compiler, attention: str = "batch_invariant") -> None:
     """Rewire ``model`` (a ``LlamaForCausalLM``), in place, to run on three compiled functions.
 
-    Run the model inside :func:`one_graph_settings`, and with a cache.
+    Run the model inside :func:`one_graph_settings`, and with a cache.  ``attention`` is transformers' name of one: ours
+    asks no sizes, and one graph takes any number of queries; with PyTorch's, ``"sdpa"``, there are a few graphs.
     """
-    model.set_attn_implementation("batch_invariant")  # asks no sizes, so that one graph takes any number of queries
+    model.set_attn_implementation(attention)
+    unbacked = attention == "batch_invariant"
     run_layer = compile(_layer)
     model.model.layers = nn.ModuleList(
-        _SharedLayer(layer, index, run_layer) for index, layer in enumerate(model.model.layers)
+        _SharedLayer(layer, index, run_layer, unbacked) for index, layer in enumerate(model.model.layers)
     )
     model.lm_head = _Head(model.model.norm, model.lm_head, compile(_head))
     model.model.norm = nn.Identity()  # _Head applies it, after generate() has dropped the rows it does not need
@@ -95,9 +97,9 @@ def _rotary(rotary: nn.Module, like: Tensor, positions: Tensor) -> tuple[Tensor,
 class _SharedLayer(nn.Module):
     """Layer ``index`` of the model: unpacks the cache that transformers hands it and calls the shared graph."""
 
-    def __init__(self, layer: Any, index: int, run: Callable[..., Any]) -> None:
+    def __init__(self, layer: Any, index: int, run: Callable[..., Any], unbacked: bool) -> None:
         super().__init__()
-        self.layer, self.index, self.run = layer, index, run
+        self.layer, self.index, self.run, self.unbacked = layer, index, run, unbacked
         layer.self_attn.layer_idx = 0  # else the number would be a constant of the graph
 
     def forward(
@@ -120,10 +122,11 @@ class _SharedLayer(nn.Module):
         if attention_mask is None:
             attention_mask = _causal(batch, length, past[0].shape[0], hidden.device)
         cos, sin = (table.expand(batch, -1, -1) for table in position_embeddings)
-        for tensor, dims in ((hidden, (0, 1)), (attention_mask, (0, 2, 3)), (cos, (0, 1)), (sin, (0, 1))):
-            mark_unbacked(tensor, dims)
-        for tensor in past:
-            mark_unbacked(tensor, (0, 1))
+        if self.unbacked:
+            for tensor, dims in ((hidden, (0, 1)), (attention_mask, (0, 2, 3)), (cos, (0, 1)), (sin, (0, 1))):
+                mark_unbacked(tensor, dims)
+            for tensor in past:
+                mark_unbacked(tensor, (0, 1))
         hidden, keys, values = self.run(self.layer, hidden, attention_mask, cos, sin, *past)
         slot.keys, slot.values = keys.permute(1, 2, 0, 3), values.permute(1, 2, 0, 3)
         return hidden

@@ -165,7 +165,8 @@ def scaled_dot_product_attention(
             f"scaled_dot_product_attention: dropout_p={dropout_p} draws random numbers by position in the batch and "
             "has no batch-invariant lowering; call it with dropout_p=0.0 (model.eval() in most models)"
         )
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    # Dynamo, which calls this for transformers, cannot trace the question; a graph's op then says no by itself.
+    if not torch.compiler.is_dynamo_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         raise _unsupported(
             "scaled_dot_product_attention: expected no transform of torch.func around it, got one, such as grad or "
             "vmap, which its gradient does not serve. Compute attention there as a product, a softmax and a product "

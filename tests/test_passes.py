@@ -136,7 +136,9 @@ def test_norms_and_those_gradients_that_are_wanted_are_ours(op, inputs, fn):
                 return torch.autograd.grad(fn(*leaves).sin().sum(), [leaves[i] for i in wanted])
 
         with torch.enable_grad():
-            return own(make_fx(run, decomposition_table(), tracing_mode="fake")(x.clone(), weight.clone(), bias.clone()))
+            return own(
+                make_fx(run, decomposition_table(), tracing_mode="fake")(x.clone(), weight.clone(), bias.clone())
+            )
 
     assert gradients(0) == [op, f"{op}_backward"]
     assert gradients(1) == [op, f"{op}_backward_params"]

@@ -66,7 +66,7 @@ DIFFERENTIABLE = {
     "layer_norm": lambda x, w: F.layer_norm(x, (16,), w, w),
     "plain layer_norm": lambda x, w: F.layer_norm(x, (6, 16)),
     "group_norm": lambda x, w: F.group_norm(x, 2, w[:6], w[:6]),
-    "group_norm of channels_last": lambda x, w: F.group_norm(_images(x), 3, w[:6]).permute(0, 2, 3, 1).reshape(4, -1),
+    "group_norm of channels_last": lambda x, w: F.group_norm(_images(x), 3, w[:6]).permute(0, 2, 3, 1).view(4, -1),
     "instance_norm": lambda x, w: F.instance_norm(x, weight=w[:6]),
     "batch_norm": lambda x, w: F.batch_norm(x.mT, w.detach(), POSITIVE.to(w), w, w),
     "batch_norm in training": lambda x, w: F.batch_norm(x.mT, None, None, w, w, training=True),
@@ -86,10 +86,11 @@ def test_gradients_are_those_of_compiled_code(dtype):
         return [fn(x, w) for fn, (x, w) in zip(DIFFERENTIABLE.values(), leaves, strict=True)]
 
     def results(run):
-        inputs = [tuple(leaf.to(dtype).requires_grad_() for leaf in pair) for pair in leaves]
+        inputs = [tuple(leaf.to(dtype, copy=True).requires_grad_() for leaf in pair) for pair in leaves]
         outputs = run(*inputs)
         torch.autograd.backward(outputs, [y.detach().abs() for y in outputs])
-        return [(y.detach(), x.grad, *([] if w.grad is None else [w.grad])) for y, (x, w) in zip(outputs, inputs)]
+        gradients = ([leaf.grad for leaf in pair if leaf.grad is not None] for pair in inputs)
+        return [[y.detach(), *grads] for y, grads in zip(outputs, gradients, strict=True)]
 
     compiled = results(torch.compile(run, backend="batch_invariant"))
     with bicompile.eager():

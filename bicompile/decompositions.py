@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
 from torch._ops import OpOverload, OpOverloadPacket
 
-from . import bags, collectives, distances, foreach, windows, writes
+from . import bags, collectives, distances, foreach, norms, windows, writes
 from .errors import UnsupportedOpError
 from .lowering.attention.op import scaled_dot_product_attention
 from .lowering.softmax.cross_entropy import log_probability
@@ -46,10 +46,6 @@ _KEPT_WHOLE: tuple[OpOverloadPacket, ...] = (
     aten._safe_softmax,
     aten._softmax_backward_data,
     aten._log_softmax_backward_data,
-    aten.native_layer_norm,
-    aten.native_layer_norm_backward,
-    aten.native_group_norm,
-    aten.native_group_norm_backward,
     aten.cumsum,
     aten.cumprod,
     aten.logcumsumexp,
@@ -312,6 +308,6 @@ def decomposition_table() -> dict[OpOverload, Callable[..., Any]]:
     for packet in _KEPT_WHOLE:
         for overload in packet.overloads():
             table.pop(getattr(packet, overload), None)
-    for module in (bags, collectives, distances, windows, writes):
+    for module in (bags, collectives, distances, norms, windows, writes):
         table |= module.NORMAL_FORMS
     return table | _NORMAL_FORMS

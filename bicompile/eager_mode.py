@@ -27,7 +27,6 @@ from .foreach import one_by_one
 from .interception import InterceptingMode
 from .lowering.elementwise.op import PINNED_BINARY, PINNED_UNARY
 from .lowering.gpu.device import unsupported
-from .passes.lower_norms import BACKWARD_RULES
 from .passes.op_classes import draws_one_number, exact_by_name, is_view, op_name
 from .passes.pipeline import RULES
 from .passes.rewriting import Replacement, bind
@@ -237,8 +236,6 @@ def _lowered(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     if (rule := RULES.get(func)) is not None:
         replacement = rule(func, bind(func, args, kwargs))
         return None if replacement is None else _run(replacement)
-    if (backward := BACKWARD_RULES.get(func)) is not None:
-        return tuple(None if r is None else _run(r) for r in backward(func, bind(func, args, kwargs)))
     return None
 
 

@@ -14,7 +14,6 @@ from bicompile.lowering.loading import load_for
 from . import (
     fuse_rms_norms,
     lower_matmuls,
-    lower_norms,
     lower_reductions,
     lower_samples,
     lower_scans,
@@ -27,7 +26,6 @@ from .certify import Certification, certify_pass
 from .rewriting import Rule
 
 PIPELINE: tuple[Callable[[GraphModule], PassResult], ...] = (
-    lower_norms.lower_norms_pass,  # before reductions: nothing that it inserts needs lowering again
     lower_softmax.lower_softmax_pass,
     lower_matmuls.lower_matmuls_pass,
     lower_reductions.lower_reductions_pass,  # may look through elementwise producers, which no other pass changes
@@ -41,7 +39,6 @@ PIPELINE: tuple[Callable[[GraphModule], PassResult], ...] = (
 
 # What the passes do to one op, for bicompile.eager(), which has no graph to walk.
 RULES: dict[OpOverload, Rule] = {
-    **lower_norms.RULES,
     **lower_softmax.RULES,
     **lower_matmuls.RULES,
     **lower_reductions.RULES,

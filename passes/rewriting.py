@@ -61,7 +61,7 @@ def _put_in_place(node: Node, new: Node, output: int | None) -> None:
     """Let ``new``, or one of its results, stand for ``node``."""
     if output is None and not isinstance(node.meta["val"], Tensor):
         count = len(node.meta["val"])
-        replace_outputs(node, [call(node, operator.getitem, new, index) for index in range(count)])
+        _replace_outputs(node, [call(node, operator.getitem, new, index) for index in range(count)])
         return
     if output is not None:
         new = call(node, operator.getitem, new, output)
@@ -153,24 +153,22 @@ def into_integers(op: OpOverload, args: Mapping[str, Any]) -> Replacement | None
     return Replacement(op, tuple(positional), kwargs=keywords)
 
 
-def replace_outputs(node: Node, outputs: Sequence[Node | None]) -> None:
-    """Put ``outputs[i]`` in place of the i-th result of ``node`` and erase it; None: nobody asked for that result."""
+def _replace_outputs(node: Node, outputs: Sequence[Node]) -> None:
+    """Put ``outputs[i]`` in place of the i-th result of ``node`` and erase it."""
     for user in list(node.users):
         assert user.target is operator.getitem, f"{user.format_node()} takes all results of {node.format_node()}"
         new = outputs[user.args[1]]
-        if new is not None:
-            with node.graph.inserting_before(user):
-                user.replace_all_uses_with(like_before(user, new, value(user)))
+        with node.graph.inserting_before(user):
+            user.replace_all_uses_with(like_before(user, new, value(user)))
         node.graph.erase_node(user)
     node.graph.erase_node(node)
     for new in outputs:
-        if new is not None and not new.users:
+        if not new.users:
             new.graph.erase_node(new)
 
 
 def like_before(like: Node, new: Node, old: Tensor) -> Node:
     """``new`` laid out in memory as ``old`` was: later views and the graph's outputs were traced against that."""
-    # PyTorch rounds the statistics of a half-precision norm between forward and backward; ours come in float32.
     new = converted(new, old.dtype)
     val = value(new)
     assert val.dim() == old.dim(), f"{new.format_node()} is {tuple(val.shape)}, was {tuple(old.shape)}"

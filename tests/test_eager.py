@@ -55,6 +55,50 @@ def test_gradients_inside_the_context_are_covered():
     assert same_bits(alone.grad[0], whole.grad[1])
 
 
+def _images(x):
+    """Rows [4, 6, 16] as images in the layout that convolutions like."""
+    return x.unflatten(-1, (4, 4)).contiguous(memory_format=torch.channels_last)
+
+
+POSITIVE = torch.linspace(0.5, 2, 16)
+# Functions of rows [4, 6, 16] and weights [16] with gradients that are rounded on the way.
+DIFFERENTIABLE = {
+    "layer_norm": lambda x, w: F.layer_norm(x, (16,), w, w),
+    "plain layer_norm": lambda x, w: F.layer_norm(x, (6, 16)),
+    "group_norm": lambda x, w: F.group_norm(x, 2, w[:6], w[:6]),
+    "group_norm of channels_last": lambda x, w: F.group_norm(_images(x), 3, w[:6]).permute(0, 2, 3, 1).view(4, -1),
+    "instance_norm": lambda x, w: F.instance_norm(x, weight=w[:6]),
+    "batch_norm": lambda x, w: F.batch_norm(x.mT, w.detach(), POSITIVE.to(w), w, w),
+    "batch_norm in training": lambda x, w: F.batch_norm(x.mT, None, None, w, w, training=True),
+    "softmax": lambda x, w: x.softmax(-1),
+    "log_softmax": lambda x, w: x.log_softmax(1),
+    "cross_entropy": lambda x, w: F.cross_entropy(x[0], torch.arange(6)),
+    "silu": lambda x, w: F.silu(x),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_those_of_compiled_code(dtype):
+    """Of norms and what else is not in the models of tests/test_models.py, which compares the gradients of those."""
+    leaves = [(torch.randn(4, 6, 16), torch.randn(16)) for _ in DIFFERENTIABLE]
+
+    def run(*leaves):
+        return [fn(x, w) for fn, (x, w) in zip(DIFFERENTIABLE.values(), leaves, strict=True)]
+
+    def results(run):
+        inputs = [tuple(leaf.to(dtype, copy=True).requires_grad_() for leaf in pair) for pair in leaves]
+        outputs = run(*inputs)
+        torch.autograd.backward(outputs, [y.detach().abs() for y in outputs])
+        gradients = ([leaf.grad for leaf in pair if leaf.grad is not None] for pair in inputs)
+        return [[y.detach(), *grads] for y, grads in zip(outputs, gradients, strict=True)]
+
+    compiled = results(torch.compile(run, backend="batch_invariant"))
+    with bicompile.eager():
+        expected = results(run)
+    differing = [name for name, a, b in zip(DIFFERENTIABLE, compiled, expected, strict=True) if not same_bits(a, b)]
+    assert not differing
+
+
 def test_in_place_and_out_forms_are_covered():
     x = torch.randn(3, 200)
     with bicompile.eager():

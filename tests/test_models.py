@@ -33,6 +33,13 @@ def compile_it(module: nn.Module, dynamic: bool | None = None) -> nn.Module:
     return torch.compile(module, backend="batch_invariant", dynamic=dynamic)
 
 
+def value_and_gradients(module: nn.Module, x: Tensor, *weights: Tensor) -> list[Tensor]:
+    """The output and the gradients of the input and of ``weights``, for an incoming one that is exactly known."""
+    x = x.clone().requires_grad_()
+    y = module(x)
+    return [y.detach(), *torch.autograd.grad(y, (x, *weights), y.detach().abs())]
+
+
 every_model = pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 
 
@@ -61,22 +68,28 @@ def test_rows_keep_their_bits_with_static_shapes(model: Model):
 
 
 def test_rows_of_an_ordinary_block_keep_their_bits_in_training():
-    """Forward and backward, with static shapes and then dynamic ones; the weights are trained too."""
-    model = MODELS["ordinary"]
-    compiled = compile_it(model.module(torch.float32).requires_grad_(True))
-    assert_batch_invariant(compiled, model.rows(4, torch.float32), check_input_grad=True, situations=COMPANY)
+    """Forward and backward, with static shapes and then dynamic ones; the weights are trained too, as in eager code."""
+    module, x = MODELS["ordinary"].module(torch.float32).requires_grad_(True), MODELS["ordinary"].rows(4, torch.float32)
+    compiled = compile_it(module)
+    assert_batch_invariant(compiled, x, check_input_grad=True, situations=COMPANY)
+    found = value_and_gradients(compiled, x, *module.parameters())
+    with bicompile.eager():
+        assert same_bits(found, value_and_gradients(module, x, *module.parameters()))
 
 
 @every_model
-def test_rows_keep_their_bits_in_bfloat16_with_dynamic_shapes(model: Model):
-    """Forward, which is that of eager code, and input gradient; the ordinary block's and another's also alone."""
+def test_rows_keep_their_bits_in_bfloat16_with_dynamic_shapes(model: Model, monkeypatch: pytest.MonkeyPatch):
+    """Forward and input gradient, which are those of eager code; the ordinary block's and another's also alone."""
     module, x = model.module(torch.bfloat16), model.rows(4, torch.bfloat16)
     compiled = compile_it(module, dynamic=True)
     situations = (*DYNAMIC, "alone") if model.name in ALONE_TODAY else DYNAMIC
+    # transformers gives attention grouped keys where it makes no mask, as when it is not compiled, and else repeats
+    # them: another function, whose gradients of the keys are rounded more often.
+    monkeypatch.setattr("transformers.integrations.sdpa_attention.use_gqa_in_sdpa", lambda *args, **kwargs: False)
     assert_batch_invariant(compiled, x, check_input_grad=True, situations=situations)
-    found = compiled(x.clone().requires_grad_()).detach()
-    with torch.no_grad(), bicompile.eager():
-        assert same_bits(found, module(x))
+    found = value_and_gradients(compiled, x)
+    with bicompile.eager():
+        assert same_bits(found, value_and_gradients(module, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)

@@ -70,36 +70,6 @@ def _largest(
     return torch.where(sizes.unsqueeze(1) == 0, 0.0, result), largest
 
 
-def _dense_backward(
-    grad: Tensor,
-    indices: Tensor,
-    offset2bag: Tensor,
-    bag_size: Tensor,
-    maximum_indices: Tensor,
-    num_weights: int,
-    scale_grad_by_freq: bool,
-    mode: int,
-    per_sample_weights: Tensor | None,
-    padding_idx: int = -1,
-) -> Tensor:
-    indices = indices.long()
-    wide = _wide(grad)
-    if mode == _MAX:
-        wide = torch.where(bag_size.unsqueeze(1) == 0, 0.0, wide)
-        table = wide.new_zeros(num_weights, grad.shape[1]).scatter_add(0, maximum_indices, wide)
-        return table.to(grad.dtype)
-    rows = wide[offset2bag]
-    if mode == _MEAN:
-        rows = rows / bag_size.clamp(min=1)[offset2bag].unsqueeze(1)
-    if per_sample_weights is not None:
-        rows = rows * per_sample_weights.unsqueeze(1)
-    if scale_grad_by_freq:
-        counts = indices.new_zeros(num_weights).index_add(0, indices, torch.ones_like(indices))
-        rows = rows / counts[indices].unsqueeze(1)
-    rows = torch.where((indices != padding_idx).unsqueeze(1), rows, 0.0)
-    return wide.new_zeros(num_weights, grad.shape[1]).index_add(0, indices, rows).to(grad.dtype)
-
-
 def _backward(
     grad: Tensor,
     indices: Tensor,
@@ -119,8 +89,22 @@ def _backward(
             "aten.embedding_bag: expected sparse=False where the table wants a gradient, got True, which asks for a "
             "sparse tensor. Leave sparse out."
         )
-    kept = grad, indices, offset2bag, bag_size, maximum_indices
-    return _dense_backward(*kept, num_weights, scale_grad_by_freq, mode, per_sample_weights, padding_idx)
+    indices = indices.long()
+    wide = _wide(grad)
+    if mode == _MAX:
+        wide = torch.where(bag_size.unsqueeze(1) == 0, 0.0, wide)
+        table = wide.new_zeros(num_weights, grad.shape[1]).scatter_add(0, maximum_indices, wide)
+        return table.to(grad.dtype)
+    rows = wide[offset2bag]
+    if mode == _MEAN:
+        rows = rows / bag_size.clamp(min=1)[offset2bag].unsqueeze(1)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(1)
+    if scale_grad_by_freq:
+        counts = indices.new_zeros(num_weights).index_add(0, indices, torch.ones_like(indices))
+        rows = rows / counts[indices].unsqueeze(1)
+    rows = torch.where((indices != padding_idx).unsqueeze(1), rows, 0.0)
+    return wide.new_zeros(num_weights, grad.shape[1]).index_add(0, indices, rows).to(grad.dtype)
 
 
 def _weights_backward(
@@ -140,6 +124,5 @@ NORMAL_FORMS: dict[OpOverload, Callable[..., Any]] = {
     aten._embedding_bag.default: _embedding_bag,
     aten._embedding_bag_forward_only.default: _embedding_bag,
     aten._embedding_bag_backward.default: _backward,
-    aten._embedding_bag_dense_backward.default: _dense_backward,
     aten._embedding_bag_per_sample_weights_backward.default: _weights_backward,
 }

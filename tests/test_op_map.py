@@ -62,6 +62,13 @@ def test_wrong_values_are_found(monkeypatch: pytest.MonkeyPatch):
     assert "wrong" in kinds
 
 
+def test_values_of_another_sign_are_found_however_rough_stock_is(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ops, "_in_eager", lambda op: lambda *args, **kwargs: -op(*args, **kwargs))
+    for name in ("sin", "floor", "grid_sampler_2d"):
+        entry = ops.entry_of(named(name), torch.bfloat16, max_samples=2)
+        assert entry.kind == "wrong" and any("not close" in line for line in entry.detail)
+
+
 def test_rows_that_depend_on_the_batch_are_found(monkeypatch: pytest.MonkeyPatch):
     def variant(op):
         return lambda x, *args, **kwargs: op(x, *args, **kwargs) + (1e-6 if len(x) == 1 else 0.0)

@@ -172,15 +172,17 @@ def _same_random_numbers() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Stock:
-    """What stock PyTorch gives, and how far each of its tensors is from the same computed in float64."""
+    """What stock PyTorch gives, how far each of its tensors is from the same computed in float64, and that if known."""
 
     tensors: list[Tensor]
     errors: list[float]
+    exact: list[Tensor] = field(default_factory=list)
 
     def compare(self, ours: Any, dtype: torch.dtype) -> None:
         """Raise unless shapes, dtypes and values are stock's; all else in a result follows from its tensors."""
-        for a, b, error in zip(_tensors(ours), self.tensors, self.errors, strict=True):
-            _compare(a, b, dtype, 2 * error)
+        for i, (a, b) in enumerate(zip(_tensors(ours), self.tensors, strict=True)):
+            if not (self.exact and _no_further(a, b, self.exact[i])):
+                _compare(a, b, dtype, 2 * self.errors[i])
 
 
 def _stock(op: Callable[..., Any], args: Any, kwargs: Any) -> Stock | None:
@@ -194,8 +196,19 @@ def _stock(op: Callable[..., Any], args: Any, kwargs: Any) -> Stock | None:
         exact = _tensors(_run(op, *wide))
         errors = [distance(a, b) for a, b in zip(tensors, exact, strict=True)]
     except Exception:  # not an op of float64
-        errors = [0.0] * len(tensors)
-    return Stock(tensors, errors)
+        return Stock(tensors, [0.0] * len(tensors))
+    return Stock(tensors, errors, exact)
+
+
+def _no_further(a: Tensor, b: Tensor, exact: Tensor) -> bool:
+    """Whether finite ``a`` is as near to ``exact`` as stock's ``b``, all numbers together: stock's kernel may be rough.
+
+    Together, not the worst of them: a function that jumps is far from itself in float64 in a place or two.
+    """
+    alike = (a.shape, a.dtype) == (b.shape, b.dtype) and a.shape == exact.shape and a.layout == torch.strided
+    if not alike or not a.is_floating_point() or not bool(a.isfinite().all() and b.isfinite().all()):
+        return False
+    return bool((a.double() - exact).norm() <= (b.double() - exact).norm())
 
 
 def _widened(leaf: Any) -> Any:

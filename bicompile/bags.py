@@ -19,7 +19,8 @@ aten = torch.ops.aten
 _SUM, _MEAN, _MAX = 0, 1, 2
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """Half precisions in float32."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -41,7 +42,7 @@ def _embedding_bag(
     bag = torch.searchsorted(starts, place, right=True) - 1
     counted = indices != padding_idx
     sizes = starts.new_zeros(starts.shape).index_add(0, bag, counted.long())
-    rows = _wide(weight[indices])
+    rows = wide(weight[indices])
     shape = (starts.shape[0], weight.shape[1])
     if mode == _MAX:
         result, largest = _largest(rows, indices, bag, counted, sizes, shape)
@@ -90,12 +91,12 @@ def _backward(
             "sparse tensor. Leave sparse out."
         )
     indices = indices.long()
-    wide = _wide(grad)
+    rows = wide(grad)
     if mode == _MAX:
-        wide = torch.where(bag_size.unsqueeze(1) == 0, 0.0, wide)
-        table = wide.new_zeros(num_weights, grad.shape[1]).scatter_add(0, maximum_indices, wide)
+        rows = torch.where(bag_size.unsqueeze(1) == 0, 0.0, rows)
+        table = rows.new_zeros(num_weights, grad.shape[1]).scatter_add(0, maximum_indices, rows)
         return table.to(grad.dtype)
-    rows = wide[offset2bag]
+    rows = rows[offset2bag]
     if mode == _MEAN:
         rows = rows / bag_size.clamp(min=1)[offset2bag].unsqueeze(1)
     if per_sample_weights is not None:
@@ -104,7 +105,7 @@ def _backward(
         counts = indices.new_zeros(num_weights).index_add(0, indices, torch.ones_like(indices))
         rows = rows / counts[indices].unsqueeze(1)
     rows = torch.where((indices != padding_idx).unsqueeze(1), rows, 0.0)
-    return wide.new_zeros(num_weights, grad.shape[1]).index_add(0, indices, rows).to(grad.dtype)
+    return rows.new_zeros(num_weights, grad.shape[1]).index_add(0, indices, rows).to(grad.dtype)
 
 
 def _weights_backward(
@@ -116,7 +117,7 @@ def _weights_backward(
     mode: int,
     padding_idx: int = -1,
 ) -> Tensor:
-    products = (_wide(grad)[offset2bag] * _wide(weight[indices.long()])).sum(1)
+    products = (wide(grad)[offset2bag] * wide(weight[indices.long()])).sum(1)
     return torch.where(indices != padding_idx, products, 0.0).to(grad.dtype)
 
 

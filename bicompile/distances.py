@@ -2,7 +2,8 @@
 
 A distance is the norm of a difference, in the order of ``lowering.reduction``; PyTorch takes some Euclidean distances
 from a matrix product instead, which is faster and cancels.  All differences exist at once: [..., P, R, M] for P rows
-and R rows of M numbers.  A bilinear form is a sum of products of three factors, in float32 for half precisions.
+and R rows of M numbers.  A bilinear form is a sum of products of three factors.  Half precisions are computed in
+float32, forward and backward, and rounded once.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+
+from .bags import wide
 
 aten = torch.ops.aten
 
@@ -41,11 +44,12 @@ def _gradients(grad: Tensor, differences: Tensor, p: float, norms: Tensor) -> Te
 
 
 def _cdist(x1: Tensor, x2: Tensor, p: float, compute_mode: int | None) -> Tensor:
-    return _norms(x1.unsqueeze(-2) - x2.unsqueeze(-3), p)
+    return _norms(wide(x1).unsqueeze(-2) - wide(x2).unsqueeze(-3), p).to(x1.dtype)
 
 
 def _cdist_backward(grad: Tensor, x1: Tensor, x2: Tensor, p: float, cdist: Tensor) -> Tensor:
-    return _gradients(grad, x1.unsqueeze(-2) - x2.unsqueeze(-3), p, cdist).sum(-2)
+    differences = wide(x1).unsqueeze(-2) - wide(x2).unsqueeze(-3)
+    return _gradients(wide(grad), differences, p, _norms(differences, p)).sum(-2).to(grad.dtype)
 
 
 def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,13 +60,14 @@ def _pairs(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pdist(x: Tensor, p: float = 2.0) -> Tensor:
     first, second = _pairs(x)
-    return _norms(x[first] - x[second], p)
+    return _norms(wide(x[first]) - wide(x[second]), p).to(x.dtype)
 
 
 def _pdist_backward(grad: Tensor, x: Tensor, p: float, pdist: Tensor) -> Tensor:
     first, second = _pairs(x)
-    of_pairs = _gradients(grad, x[first] - x[second], p, pdist)
-    return torch.zeros_like(x).index_add(0, first, of_pairs).index_add(0, second, -of_pairs)
+    differences = wide(x[first]) - wide(x[second])
+    of_pairs = _gradients(wide(grad), differences, p, _norms(differences, p))
+    return torch.zeros_like(wide(x)).index_add(0, first, of_pairs).index_add(0, second, -of_pairs).to(x.dtype)
 
 
 def _trilinear(
@@ -80,7 +85,7 @@ def _trilinear(
     for factor, dims in ((i1, expand1), (i2, expand2), (i3, expand3)):
         for dim in sorted(dims):
             factor = factor.unsqueeze(dim)
-        factors.append(factor.float() if dtype in (torch.bfloat16, torch.float16) else factor)
+        factors.append(wide(factor))
     products = factors[0] * factors[1] * factors[2]
     return (products.sum(tuple(sumdim)) if sumdim else products).to(dtype)
 

@@ -59,8 +59,9 @@ def test_stock_distances_follow_the_batch():
         assert same_bits(torch.cdist(x, y)[:1], torch.cdist(x[:1], y))
 
 
-def test_compiled_distances_have_the_bits_of_eager():
-    x, y = rows(6, 9, dtype=torch.float32), rows(4, 9, seed=1, dtype=torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_distances_have_the_bits_of_eager(dtype: torch.dtype):
+    x, y = rows(6, 9, dtype=dtype), rows(4, 9, seed=1, dtype=dtype)
     compiled = torch.compile(lambda a, b: torch.cdist(a, b), backend="batch_invariant")
     with bicompile.eager():
         wanted = value_and_gradients(torch.cdist, x, y)

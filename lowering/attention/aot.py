@@ -16,6 +16,7 @@ from .kernels import tile_kernel
 from .order import gpu_order_for
 from .schedule import (
     DEEP_BACKWARD,
+    MERGE_WARPS,
     PLAIN_BACKWARD,
     REFERENCE,
     REFERENCE_BACKWARD,
@@ -24,7 +25,6 @@ from .schedule import (
     HopperSchedule,
     SplitSchedule,
     TileSchedule,
-    merge_warps,
     merged_at_once,
     read_table,
 )
@@ -77,21 +77,22 @@ def compilation(
     )
 
 
-def merge_compilation(dtype: torch.dtype, depth: int, mask: str, at_once: int, *, early: bool) -> Compilation:
-    """The kernel that merges splits, ``at_once`` at a time; ``early``: started before the splits have ended."""
+def merge_compilation(dtype: torch.dtype, depth: int, mask: str, splits: int, *, early: bool) -> Compilation:
+    """The kernel that merges ``splits`` splits; ``early``: started before they have ended."""
     import triton.language as tl
 
+    at_once = merged_at_once(splits)
     (e1, s1), (e2, s2), s3 = gpu_order_for(depth, dtype).splits
     constants: dict[str, Any] = dict(
-        EARLY=early, BDV=depth, AHEAD=at_once, MASK=mask, CAUSAL=False, DTYPE=tl.float32, E1=e1, S1=s1, E2=e2, S2=s2,
-        S3=s3,
+        EARLY=early, BDV=depth, AT_ONCE=at_once, AGAIN=splits > at_once, MASK=mask, CAUSAL=False, DTYPE=tl.float32,
+        E1=e1, S1=s1, E2=e2, S2=s2, S3=s3,
     )  # fmt: skip
     signature = {a: "i32:16" for a in merge_kernel.arg_names if a not in constants}
     signature |= {a: "i32" for a in _LOOSE if a in signature}
     signature |= {"part_ptr": "*fp32:16", "stats_ptr": "*fp32:16", "lse_ptr": "*fp32:16"}
     signature |= {"first_ptr": "*i32:16", "last_ptr": "*i32:16", "out_ptr": f"*{_NAMES[dtype]}:16"}
-    label = f"attention merge {_NAMES[dtype]} {depth} {mask} {at_once}{' early' if early else ''}"
-    return Compilation(label, merge_kernel, signature, constants, merge_warps(at_once), 1, needs=90 if early else 80)
+    label = f"attention merge {_NAMES[dtype]} {depth} {mask} {splits}{' early' if early else ''}"
+    return Compilation(label, merge_kernel, signature, constants, MERGE_WARPS, 1, needs=90 if early else 80)
 
 
 def backward_compilations(
@@ -162,8 +163,8 @@ def aot_cases() -> Iterator[Compilation]:
         for schedule in (*tiles, TileSchedule(128, 8, 2, True), TileSchedule(128, 8, 2), *splits):
             yield compilation(schedule, half, 128, mask, causal=causal)
         if not causal:
-            for at_once in sorted({merged_at_once(splits) for splits in range(1, 20)}):
-                yield from (merge_compilation(half, 128, mask, at_once, early=early) for early in (False, True))
+            for count in (4, 8, 16, 32):
+                yield from (merge_compilation(half, 128, mask, count, early=early) for early in (False, True))
         for depth, kernels in ((128, PLAIN_BACKWARD), *_tuned_backward()):
             yield from backward_compilations(kernels, half, depth, mask, causal=causal)
         if mask != "additive":

@@ -16,13 +16,13 @@ from .kernels import tile_kernel
 from .order import GpuAttentionOrder
 from .problem import TYPES, Problem, RowInfo, cdiv, launch, mask_strides, problem_of, row_info
 from .schedule import (
+    MERGE_WARPS,
     REFERENCE,
     HopperSchedule,
     Schedule,
     SplitSchedule,
     TileSchedule,
     hopper_schedules,
-    merge_warps,
     merged_at_once,
     split_schedules,
     tile_schedules,
@@ -90,10 +90,11 @@ def run_splits(p: Problem, schedule: SplitSchedule) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
     if schedule.span > 0:
         at_once = merged_at_once(splits)
-        constants = (early, p.widths[1], at_once, p.kind, p.causal, TYPES[p.q.dtype], *tail[-5:])
+        again = splits > at_once
+        constants = (early, p.widths[1], at_once, again, p.kind, p.causal, TYPES[p.q.dtype], *tail[-5:])
         launch(
             merge_kernel, (num_rows,), (part, stats, info.first, info.last, out, lse),
-            (queries, keys, heads, splits), (*info.strides, value_depth), constants, merge_warps(at_once), 1,
+            (queries, keys, heads, splits), (*info.strides, value_depth), constants, MERGE_WARPS, 1,
             launch_pdl=early,
         )  # fmt: skip
     return out, lse

@@ -74,6 +74,9 @@ TABLES = Path(__file__).parent / "tables"
 
 REFERENCE = TileSchedule(rows=16, warps=4, stages=1)
 
+MERGE_WARPS = 2
+"""Warps of a program that merges the splits of a row."""
+
 
 def wants_split(queries: int, group: int, keys: int, programs: int, num_sms: int) -> bool:
     """Whether splits over programs beat tiles of queries.
@@ -218,13 +221,8 @@ def share(pieces: int, programs: int, masked: bool, order: GpuAttentionOrder, nu
 
 
 def merged_at_once(splits: int) -> int:
-    """How many of ``splits`` splits a program that merges them reads together."""
-    return next((n for n in (4, 8, 16) if splits <= n), 64)
-
-
-def merge_warps(at_once: int) -> int:
-    """Warps of a program that merges ``at_once`` splits together, whose registers hold them."""
-    return 4 if at_once == 64 else 1
+    """How many of ``splits`` splits a program that merges them reads together: a cold program's length is its time."""
+    return next((n for n in (4, 8) if splits <= n), 16)
 
 
 def fills(programs: int, num_sms: int) -> bool:

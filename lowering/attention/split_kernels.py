@@ -141,17 +141,32 @@ def split_kernel(
             anchor = tl.min(tl.where(first > anchor, first, keys), 0)
 
 
+@triton.jit
+def load_parts(part_ptr, stats_ptr, row_id, splits, start, count, cols, value_depth, AT_ONCE: tl.constexpr):
+    """AT_ONCE splits of a row from split ``start``; those from ``count`` on add nothing."""
+    parts = ()
+    for j in tl.static_range(AT_ONCE):  # their loads are in flight together
+        at = row_id * splits + start + j
+        there = start + j < count
+        m = tl.load(stats_ptr + at * 2, mask=there, other=float("-inf"))
+        w = tl.load(stats_ptr + at * 2 + 1, mask=there, other=0.0)
+        acc = tl.load(part_ptr + at * value_depth + cols, mask=(cols < value_depth) & there, other=0.0)
+        parts = parts + ((m, w, acc),)
+    return parts
+
+
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "splits"])
 def merge_kernel(
     part_ptr, stats_ptr, first_ptr, last_ptr, out_ptr, lse_ptr,
     queries, keys, heads, splits, info_b, info_h, value_depth,
-    EARLY: tl.constexpr, BDV: tl.constexpr, AHEAD: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    DTYPE: tl.constexpr,
+    EARLY: tl.constexpr, BDV: tl.constexpr, AT_ONCE: tl.constexpr, AGAIN: tl.constexpr, MASK: tl.constexpr,
+    CAUSAL: tl.constexpr, DTYPE: tl.constexpr,
     E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of one row in ascending order.  Grid: (batch * heads * queries,)."""
-    if EARLY:
-        gdc_wait()
+    """Merge the splits of one row in ascending order, AT_ONCE and, with AGAIN, the next that many while it does.
+
+    Grid: (batch * heads * queries,).
+    """
     row_id = tl.program_id(0).to(tl.int64)
     query = (row_id % queries).to(tl.int32)
     bh = row_id // queries
@@ -166,25 +181,24 @@ def merge_kernel(
         seen = tl.maximum(tl.load(last_ptr + info) - tl.load(first_ptr + info), 0)
     count = splits_in(seen, E1, S1, E2, S2, S3)
     cols = tl.arange(0, BDV)
-    inside = cols < value_depth
     # Numbers, not tensors of one row: the factors of such a tensor reach its columns through shared memory.
     M = tl.full([], float("-inf"), DTYPE)
     W = tl.full([], 0.0, DTYPE)
     Y = tl.zeros([BDV], DTYPE)
-    for start in range(0, count, AHEAD):
-        parts = ()
-        for j in tl.static_range(AHEAD):  # the loads of several splits are in flight together
-            at = row_id * splits + start + j
-            there = start + j < count
-            m = tl.load(stats_ptr + at * 2, mask=there, other=float("-inf"))
-            w = tl.load(stats_ptr + at * 2 + 1, mask=there, other=0.0)
-            acc = tl.load(part_ptr + at * value_depth + cols, mask=inside & there, other=0.0)
-            parts = parts + ((m, w, acc),)
-        for j in tl.static_range(AHEAD):
+    if EARLY:  # what is above needs nothing of ``split_kernel``
+        gdc_wait()
+    parts = load_parts(part_ptr, stats_ptr, row_id, splits, 0, count, cols, value_depth, AT_ONCE)
+    for start in range(0, count, AT_ONCE):
+        coming = parts
+        if AGAIN:
+            following = start + AT_ONCE
+            coming = load_parts(part_ptr, stats_ptr, row_id, splits, following, count, cols, value_depth, AT_ONCE)
+        for j in tl.static_range(AT_ONCE):
             m, w, acc = parts[j]
             M, before, after = factors(M, m)
             W = tl.fma(W, before, w * after)
             Y = tl.fma(Y, tl.full([BDV], 1.0, DTYPE) * before, acc * after)
+        parts = coming
     one = tl.arange(0, 1)
     out_row = out_ptr + ((b * queries + query) * heads + h) * value_depth + one
     lse_row = lse_ptr + row_id + one

@@ -130,7 +130,7 @@ def _fold_rows_kernel(
     tl.store(out_ptr + rows * sections + section, result.to(out_ptr.dtype.element_ty), mask=rows < num_rows)
 
 
-@triton.jit(do_not_specialize=FOLLOWS_BATCH)
+@triton.jit  # specialised on all: only of a width known to be divisible by 16 are several elements loaded at once
 def _fold_columns_kernel(
     x_ptr,
     sum_ptr,

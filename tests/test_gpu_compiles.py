@@ -23,6 +23,9 @@ import triton.language as tl
 from bicompile.lowering.attention.aot import backward_compilations, compilation
 from bicompile.lowering.attention.schedule import REFERENCE, REFERENCE_BACKWARD, SplitSchedule
 from bicompile.lowering.gpu.ahead import SHARED_MEMORY, Compilation, all_cases, compile_for
+from bicompile.lowering.gpu.recording import recorded
+from bicompile.lowering.reduction import gpu as reduction_gpu
+from bicompile.lowering.scatter.aot import aot_cases as scatter_cases
 
 CAPABILITIES = (80, 90, 100)
 SAMPLE = 1
@@ -94,6 +97,17 @@ def test_divisibility_reaches_the_compiler():
     loose = Compilation("loose", _copy_kernel, {name: t[:-3] for name, t in types.items()}, {"BLOCK": 512}, 4, 1)
     vector, scalar = (triton_text(case) for case in (aligned, loose))
     assert ".v4" in vector and ".v4" not in scalar
+
+
+def test_columns_and_scattered_rows_are_loaded_16_bytes_at_a_time():
+    """Whatever the batch: a width that the compiler is not told to be divisible by 16 costs eight loads for one."""
+    x = torch.empty(65536, 1024, dtype=torch.bfloat16, device="meta")
+    (columns, *_) = recorded("columns", reduction_gpu.reduce, "sum", x, [0], False, x.dtype)
+    scattered = [case for case in scatter_cases() if case.name.startswith("scatter rows bf16 add mean=False")]
+    (rows,) = (case for case in scattered if case.constants["BLOCK"] == 1024)
+    for case in (columns, rows):
+        code = triton_text(case)
+        assert "ld.global.v4.b32" in code and "ld.global.b16" not in code, case.name
 
 
 def triton_text(case: Compilation, stage: str = "ptx") -> str:

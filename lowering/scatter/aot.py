@@ -37,8 +37,8 @@ def _canonical(dtype: str) -> Compilation:
 def _rows(dtype: str, acc: tl.dtype, how: str, mean: bool) -> Iterator[Compilation]:
     signature = {"keys_ptr": "*i32:16", "positions_ptr": "*i64:16"}
     signature |= {name: f"*{dtype}:16" for name in ("self_ptr", "values_ptr", "out_ptr")}
-    integers = "n width blocks programs values_outer values_row out_outer skipped".split()
-    signature |= {name: "i64" for name in integers}
+    signature |= {name: "i64" for name in "n blocks programs skipped".split()}
+    signature |= {name: "i64:16" for name in "width values_outer values_row out_outer".split()}
     schedules = {row_schedule_for(width, _BYTES[dtype]) for width in (1, 64, 4096)} | {REFERENCE}
     for schedule in schedules:
         what = {"HOW": how, "START": 0.0, "FROM_SELF": True, "MEAN": mean, "ACC": acc, "LONG": schedule.long}

@@ -7,6 +7,7 @@ which the two meet, and enough such pairs tell the tree.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -116,11 +117,15 @@ def tree_difference(expected: SummationTree, got: SummationTree) -> str | None:
     return None
 
 
+# Sums that are asked for before the first is looked at, and summands to whose multiple their lines are filled up.
+_AT_ONCE, _LINE = 256, 64
+
+
 class _Probe:
     """Asks ``fn`` how many summands lie under the addition in which two of them meet."""
 
     def __init__(self, fn: Callable[[Tensor], Tensor], n: int, dtype: torch.dtype, device: torch.device | str) -> None:
-        self.fn, self.n = fn, n
+        self.fn, self.n, self.dtype, self.device = fn, n, dtype, device
         self.random = random.Random(0)
         # 1 vanishes beside the largest power of two, even in a float64 sum; else the smallest number, in a float32 sum.
         info = torch.finfo(dtype)
@@ -129,13 +134,9 @@ class _Probe:
         vanishing = self.huge * 2.0**-25 / self.unit
         if vanishing < 1:
             raise ValueError(f"summation_tree: expected a dtype in which numbers vanish beside others, got {dtype}")
-        zeros = torch.zeros(n, dtype=dtype, device=device)
-        countable = 2 / torch.finfo(self._call(zeros).dtype).eps
-        part = min(n, int(min(vanishing, countable)))
-        self.ones = [
-            torch.zeros_like(zeros).index_fill_(0, at, self.unit) for at in torch.arange(n, device=device).split(part)
-        ]
-        total = self._count()
+        countable = 2 / torch.finfo(self._call(torch.zeros(n, dtype=dtype, device=device)).dtype).eps
+        self.parts = [*range(0, n, int(min(n, vanishing, countable))), n]
+        (total,) = self._counts([()])
         if total != n:
             raise self._no_sum(f"of {n} ones it makes {total:g}")
 
@@ -144,10 +145,10 @@ class _Probe:
         found: list[int | SummationTree] = []
         while leaves:
             i = self.random.choice(leaves)
+            others = [j for j in leaves if j != i]
             groups: dict[int, list[int]] = {}
-            for j in leaves:
-                if j != i:
-                    groups.setdefault(self._summands_under(i, j), []).append(j)
+            for j, under in zip(others, self._summands_under(i, others), strict=True):
+                groups.setdefault(under, []).append(j)
             leaves = groups.pop(parent, [])  # those outside the child that holds i
             # From i upwards: what joins it in its first addition, in its second, ...
             tree: int | SummationTree = i
@@ -160,23 +161,37 @@ class _Probe:
             found.append(tree)
         return found
 
-    def _summands_under(self, i: int, j: int) -> int:
-        lost = self.n - self._count(i, j)
-        if not 2 <= lost <= self.n or lost != int(lost):
-            raise self._no_sum(
-                f"with {self.huge:g} at {i} and {-self.huge:g} at {j}, of {self.n - 2} ones {lost - 2:g} vanish"
-            )
-        return int(lost)
+    def _summands_under(self, i: int, others: list[int]) -> list[int]:
+        """For each of ``others``, how many summands lie under the addition in which it meets ``i``."""
+        found = []
+        for j, count in zip(others, self._counts([(i, j) for j in others]), strict=True):
+            lost = self.n - count
+            if not 2 <= lost <= self.n or lost != int(lost):
+                raise self._no_sum(
+                    f"with {self.huge:g} at {i} and {-self.huge:g} at {j}, of {self.n - 2} ones {lost - 2:g} vanish"
+                )
+            found.append(int(lost))
+        return found
 
-    def _count(self, *masked: int) -> float:
-        """How many ones the sum has, with ``huge`` and ``-huge`` for the two that are masked."""
-        total = 0.0
-        for ones in self.ones:
-            x = ones.clone()
-            for i, value in zip(masked, (self.huge, -self.huge), strict=False):
-                x[i] = value
-            total += self._call(x).item() / self.unit
-        return total
+    def _counts(self, masked: list[tuple[int, ...]]) -> list[float]:
+        """How many ones each sum has, with ``huge`` and ``-huge`` for the two summands that are masked in it."""
+        return [count for at in range(0, len(masked), _AT_ONCE) for count in self._few(masked[at : at + _AT_ONCE])]
+
+    def _few(self, masked: list[tuple[int, ...]]) -> list[float]:
+        """``_counts`` of few: their results are waited for together, which is what takes the time on a GPU."""
+        totals = [0.0] * len(masked)
+        # Lines begin at addresses that are equally divisible: some functions look at that.
+        lines = torch.zeros(len(masked), -(-self.n // _LINE) * _LINE, dtype=self.dtype, device=self.device)
+        x = lines[:, : self.n]
+        rows = torch.arange(len(masked), device=self.device)
+        for start, stop in itertools.pairwise(self.parts):
+            x.zero_()
+            x[:, start:stop] = self.unit
+            for at, value in zip(zip(*masked, strict=True), (self.huge, -self.huge), strict=False):
+                x[rows, torch.tensor(at, device=self.device)] = value
+            sums = torch.stack([self._call(line).reshape(()).double() for line in x])
+            totals = [total + found / self.unit for total, found in zip(totals, sums.tolist(), strict=True)]
+        return totals
 
     def _call(self, x: Tensor) -> Tensor:
         result = self.fn(x)

@@ -201,11 +201,16 @@ def telling_triples(n: int, count: int) -> list[list[int]]:
 
 
 def check_triples(
-    fn: Callable[[Tensor], Tensor], tree: SummationTree, num_rows: tuple[int, ...], device: str, what: str
+    fn: Callable[[Tensor], Tensor],
+    tree: SummationTree,
+    num_rows: tuple[int, ...],
+    device: str,
+    what: str,
+    count: int = 300,
 ) -> None:
     """Whether of three positive summands those two meet first that do in ``tree``, in batches of each size."""
     n = len(tree.leaves)
-    triples = telling_triples(n, 300)
+    triples = telling_triples(n, count)
     expected = [meet_first(tree, *triple) for triple in triples]
     assert 0 < sum(expected) < len(expected)
     x = torch.full((len(triples), n), NEXT_TO_NOTHING)

@@ -74,8 +74,7 @@ def _(order: MatmulOrder, n: int) -> dict[str, SummationTree]:
 
 @declared_trees.register
 def _(order: GpuMatmulOrder, n: int) -> dict[str, SummationTree]:
-    groups = [range(start, min(start + order.group, n)) for start in range(0, n, order.group)]
-    return {"products": _tree(functools.reduce(lambda total, group: add(total, *group), groups, None))}
+    return {"products": _tree(grouped(range(n), order.group))}
 
 
 @declared_trees.register
@@ -129,6 +128,35 @@ def _(order: ScatterOrder, n: int) -> dict[str, SummationTree]:
     return {"contributions to one destination": chain(range(n))}
 
 
+def gpu_attention_trees(order: GpuAttentionOrder, group: int, n: int) -> dict[str, SummationTree]:
+    """How a GPU adds over ``n`` keys that a row sees, where the tensor core takes ``group`` keys at a time.
+
+    The keys' scores are the same, so that no sum is scaled on its way.
+    """
+    (e1, s1), (e2, s2), s3 = order.splits
+    splits, start = [], 0
+    while start < n:
+        size = s1 if start < e1 else s2 if start < e2 else s3
+        splits.append(range(start, min(start + size, n)))
+        start += size
+    return {
+        "weighted values": chain(grouped(split, group) for split in splits),
+        "weights": chain(_folded_blocks(split, order.block, order.lanes) for split in splits),
+    }
+
+
+def _folded_blocks(split: range, block: int, lanes: int) -> Child | None:
+    """Each block folded to its lanes, these added to what the blocks before have, and the lanes folded at the end."""
+    running: list[Child | None] = [None] * lanes
+    for start in range(split.start, split.stop, block):
+        folded: list[Child | None] = [k if k < split.stop else None for k in range(start, start + block)]
+        while len(folded) > lanes:
+            half = len(folded) // 2
+            folded = [add(folded[i], folded[i + half]) for i in range(half)]
+        running = [add(*pair) for pair in zip(running, folded, strict=True)]
+    return halved(running)
+
+
 # --- building blocks -----------------------------------------------------------------------------------------------
 
 
@@ -141,6 +169,12 @@ def add(*terms: Child | None) -> Child | None:
 def chain(terms: Iterable[Child | None]) -> SummationTree:
     """Each term is added to the sum of those before it."""
     return _tree(_running(terms))
+
+
+def grouped(ks: Sequence[int], group: int) -> Child | None:
+    """Each group of neighbours is added to the sum of those before it, as one sum."""
+    groups = [ks[at : at + group] for at in range(0, len(ks), group)]
+    return functools.reduce(lambda total, group: add(total, *group), groups, None)
 
 
 def blocks(ks: Sequence[int], block: int) -> SummationTree:

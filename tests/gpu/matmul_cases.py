@@ -92,10 +92,21 @@ def listed_problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Problem]:
     return x, w, problem_of(x, w, dtype, tf32=False, add=False)
 
 
+Job = tuple[Callable[..., None], Any]
+
+
 def compile_beforehand() -> None:
     """Run what the tests run, in many processes, for the sake of the compiled kernels and the verdicts on disk."""
-    jobs: list[tuple[Callable[..., None], Any]] = [(_run_case, case) for case in CASES]
-    jobs += [(_admit, (dtype, schedule)) for dtype in HALVES for schedule in listed()]
+    in_processes([*((_run_case, case) for case in CASES), *admissions()])
+
+
+def admissions() -> list[Job]:
+    """What compiles and admits every listed schedule."""
+    return [(_admit, (dtype, schedule)) for dtype in HALVES for schedule in listed()]
+
+
+def in_processes(jobs: list[Job]) -> None:
+    """Do each job, a function of a module and its argument, in one of many processes."""
     workers = min(len(jobs), max(1, (os.cpu_count() or 1) - 2), 14)
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         for result in [pool.apply_async(job, (argument,)) for job, argument in jobs]:

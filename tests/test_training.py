@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from model_zoo import MODELS, VOCABULARY, llama
+from model_zoo import VOCABULARY, llama
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from training_tasks import TRAININGS, is_falling
 
 import bicompile
 from bicompile.testing import same_bits
-
-STEPS = 20
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -31,51 +30,20 @@ def compiled(fn: Callable[..., Any], **options: Any) -> Callable[..., Any]:
 # Twenty steps.
 
 
-def _llama_task() -> tuple[nn.Module, Callable[[Any, Tensor], Tensor], list[Tensor]]:
-    """A Llama, its loss, and batches of 240 tokens, so that a weight's gradient sums over two blocks of rows."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = llama()
-    batches = torch.randint(0, VOCABULARY, (STEPS, 6, 40), generator=torch.Generator().manual_seed(0))
-    return model, lambda model, tokens: model(tokens, labels=tokens).loss, list(batches)
-
-
-def _vit_task() -> tuple[nn.Module, Callable[[Any, Tensor], Tensor], list[Tensor]]:
-    model = MODELS["vit"]
-    batches = [model.rows(24, torch.float32, seed=step) for step in range(STEPS)]
-    return (
-        model.module(torch.float32).requires_grad_(True),
-        lambda model, pixels: model(pixels).square().mean(),
-        batches,
-    )
-
-
-@pytest.mark.parametrize("task", [_llama_task, _vit_task], ids=["llama", "vit"])
+@pytest.mark.parametrize("name", TRAININGS)
 def test_training_gives_the_same_weights_compiled_or_not_on_any_number_of_threads(
-    task: Any, set_threads: Callable[[int], None]
+    name: str, set_threads: Callable[[int], None]
 ):
     pytest.importorskip("transformers")
-    module, loss, batches = task()
-    start = {name: value.clone() for name, value in module.train().state_dict().items()}
-
-    def trained(model: Any, threads: int, mode: Callable[[], Any]) -> list[Tensor]:
-        set_threads(threads)
-        module.load_state_dict(start)
-        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
-        for batch in batches:
-            optimizer.zero_grad()
-            with mode():
-                loss(model, batch).backward()
-            with bicompile.eager():
-                nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-                optimizer.step()
-        return [parameter.detach().clone() for parameter in module.parameters()]
-
-    once = trained(module, 1, bicompile.eager)
-    assert not any(map(same_bits, once, [start[name] for name, _ in module.named_parameters()]))
-    assert same_bits(trained(module, 4, bicompile.eager), once)
-
-    assert same_bits(trained(compiled(module), 2, contextlib.nullcontext), once)
+    training = TRAININGS[name]()
+    start = [parameter.detach().clone() for parameter in training.module.parameters()]
+    set_threads(1)
+    weights, losses = once = training.run(training.module, bicompile.eager)
+    assert is_falling(losses) and not any(map(same_bits, weights, start))
+    set_threads(4)
+    assert same_bits(training.run(training.module, bicompile.eager), once)
+    set_threads(2)
+    assert same_bits(training.run(compiled(training.module))[0], weights)  # the ViT's loss itself is stock's there
 
 
 def test_training_and_evaluation_autograd_and_decoding_give_the_same_logits():

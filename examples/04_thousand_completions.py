@@ -1,20 +1,24 @@
 """Ask one question a thousand times, in batches of random size and company.  How many answers come back?
 
     python examples/04_thousand_completions.py                                  # SmolLM2 if installed, on the CPU
-    python examples/04_thousand_completions.py --device cuda --write --plot completions.png
+    python examples/04_thousand_completions.py --device cuda --largest 128 --write --plot completions.png
 
 Greedily there is one right answer; sampled, each request has one of a few seeds, and each seed has one right answer.
 The neighbours, who come at random, have questions and seeds of their own.  Prints how many different answers there
-were, and their first token that differed: for stock PyTorch, eager and compiled by Inductor, for Inductor's own
-batch-invariant setting where it has one (it is about Triton's kernels), and for ``batch_invariant``.
+were, and their first token that differed: for ``batch_invariant``, for stock PyTorch, eager and compiled by Inductor,
+and for Inductor's own batch-invariant setting where it has one (it is about Triton's kernels).
+
+``--write`` keeps what was found in each mode as soon as it was found.  A run that was stopped goes on with ``--modes``
+and those that the result file does not have yet: rows of the others stay, if they are of the same case and torch.
 """
 
 import argparse
 import contextlib
 import functools
+import json
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,13 +28,19 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 import bicompile
 from bicompile.bench import Report, Row
+from bicompile.bench.results import meta
 from bicompile.demo.models import Subject, subject
 from bicompile.demo.sharing import one_graph_settings, share_layers
 from bicompile.demo.trials import NEIGHBOURS, PROMPTS
 from bicompile.sampling import SeededSampler
 
 OURS = "batch_invariant"
-MODES = ("stock eager", "stock inductor", "inductor's batch_invariant setting", OURS)
+MODES = {
+    "ours": OURS,
+    "eager": "stock eager",
+    "inductor": "stock inductor",
+    "inductor-setting": "inductor's batch_invariant setting",
+}
 QUESTION = PROMPTS[1]
 """The one of the demo's prompts to which stock PyTorch on a CPU soon gives two answers in bfloat16."""
 Request = tuple[str, int]  # a text and the seed of its answer
@@ -115,30 +125,59 @@ def measure(model: PreTrainedModel, chosen: Subject, drawn: list[list[Request]],
     return found
 
 
-def report_of(found: dict[tuple[str, str], Found], right: dict[str, int], case: str, device: str) -> Report:
-    """The figures as a result file holds them: how many answers each mode gave, and how fast ours is next to it."""
-    report = Report("determinism", device)
-    for (way, mode), theirs in found.items():
-        ours = found[way, OURS]
-        extra = {"unique": theirs.unique, "right": right[way], "first_divergence": theirs.first_divergence}
-        extra |= {"ours_unique": ours.unique, "ours_s": ours.seconds, "theirs_s": theirs.seconds}
-        same = ours.unique == right[way]
-        report.rows.append(Row(f"{case}, {way}", mode, theirs.seconds / ours.seconds, same, extra))
-    for way in right:
-        report.summarise(f"{way}: right answers / different answers", right[way] / found[way, OURS].unique, bar=1.0)
-    return report
+def row_of(case: str, mode: str, found: Found, right: int, device: str) -> Row:
+    """What was found in a mode; :func:`beside_ours` makes it a comparison."""
+    about = meta(device)
+    extra = {"unique": found.unique, "right": right, "first_divergence": found.first_divergence}
+    extra |= {"theirs_s": found.seconds, "date": about["date"], "commit": about["commit"]}
+    return Row(case, mode, 1.0, None, extra)
 
 
-def plot(found: dict[tuple[str, str], Found], right: dict[str, int], path: str) -> None:
+def beside_ours(rows: Sequence[Row]) -> list[Row]:
+    """Each row with our number of answers to the same case, and our time."""
+    ours, compared = {row.case: row.extra for row in rows if row.against == OURS}, []
+    for row in rows:
+        our = ours[row.case]
+        extra = row.extra | {"ours_unique": our["unique"], "ours_s": our["theirs_s"]}
+        ratio, same = extra["theirs_s"] / extra["ours_s"], our["unique"] == our["right"]
+        compared.append(Row(row.case, row.against, ratio, same, extra))
+    return compared
+
+
+def kept(report: Report, case: str, modes: Sequence[str]) -> list[Row]:
+    """The rows of the result file that stay in it: of other modes than ``modes``, of the same case, on this torch."""
+    if not report.path.exists():
+        return []
+    file = json.loads(report.path.read_text())
+    if file["meta"]["versions"]["torch"] != torch.__version__:
+        return []
+    rows = [row for row in file["rows"] if row["case"].startswith(f"{case}, ") and row["against"] not in modes]
+    return [Row(*map(row.pop, ("case", "against", "ratio", "same_bits")), extra=row) for row in rows]
+
+
+def write(report: Report) -> None:
+    """Keep what was found so far; our share of right answers is the figure that is held to 1."""
+    for row in report.rows:
+        if row.against == OURS:
+            way = row.case.rpartition(", ")[2]
+            share = row.extra["right"] / row.extra["unique"]
+            report.summarise(f"{way}: right answers / different answers", share, bar=1.0)
+    print(report.write())
+
+
+def plot(rows: Sequence[Row], path: str) -> None:
     """How many different answers each mode gave, beside how many there ought to be."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(right), figsize=(5 * len(right), 3), layout="constrained", squeeze=False)
-    for panel, way in zip(panels.flat, right, strict=True):
-        bars = {mode: result.unique for (other, mode), result in found.items() if other == way}
-        panel.bar_label(panel.barh([mode.replace(" batch", "\nbatch") for mode in bars], list(bars.values())))
-        panel.axvline(right[way], color="black", linewidth=0.8)
-        panel.set(title=f"{way}: {right[way]} right", xlabel="different answers")
+    cases = list(dict.fromkeys(row.case for row in rows))
+    figure, panels = plt.subplots(1, len(cases), figsize=(5 * len(cases), 3), layout="constrained", squeeze=False)
+    for panel, case in zip(panels.flat, cases, strict=True):
+        shown = [row for row in rows if row.case == case]
+        right = shown[0].extra["right"]
+        names = [row.against.replace(" batch", "\nbatch") for row in shown]
+        panel.bar_label(panel.barh(names, [row.extra["unique"] for row in shown]))
+        panel.axvline(right, color="black", linewidth=0.8)
+        panel.set(title=f"{case.rpartition(', ')[2]}: {right} right", xlabel="different answers")
         panel.invert_yaxis()
     figure.savefig(path, dpi=150)
 
@@ -151,28 +190,34 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=8, help="rows in the largest batch")
     parser.add_argument("--tokens", type=int, default=24, help="length of an answer")
     parser.add_argument("--model", choices=("auto", "smollm2", "random"), default="auto")
-    parser.add_argument("--modes", nargs="+", choices=MODES[:-1], default=MODES[:-1], help="beside batch_invariant")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--write", action="store_true", help="keep the result in examples/benchmarks/results")
     parser.add_argument("--plot", metavar="FILE", help="draw the counts (needs matplotlib)")
     args = parser.parse_args()
-    chosen = subject(args.model, print)
-    right, found = {"greedy": 1, "sampled": args.seeds}, {}
-    for mode in (*args.modes, OURS):
+    chosen, modes = subject(args.model, print), [MODES[name] for name in MODES if name in args.modes]
+    case = f"{chosen.name}, {args.dtype}, {args.requests} requests of {args.tokens} tokens"
+    case += f" in batches of up to {args.largest}"
+    report = Report("determinism", args.device)
+    report.rows = kept(report, case, modes) if args.write else []
+    if OURS not in modes and not any((row.case, row.against) == (f"{case}, sampled", OURS) for row in report.rows):
+        parser.error("--modes: the others stand beside ours, which the result file does not have: add ours")
+    for mode in modes:
         if mode.startswith("inductor's") and not hasattr(inductor, "batch_invariant"):
             print(f"{mode}: torch {torch.__version__} has none")
             continue
         with running(mode, chosen, getattr(torch, args.dtype), args.device) as model:
-            for way, seeds in right.items():
-                drawn = batches(args.requests, seeds, args.largest)
-                found[way, mode] = measure(model, chosen, drawn, args.tokens, sampled=way == "sampled")
-                print(f"{mode}, {way} ({seeds} right): {found[way, mode]}", flush=True)
-    if args.write:
-        case = f"{chosen.name}, {args.dtype}, {args.requests} requests of {args.tokens} tokens"
-        print(report_of(found, right, case, args.device).write())
+            for way, right in (("greedy", 1), ("sampled", args.seeds)):
+                drawn = batches(args.requests, right, args.largest)
+                found = measure(model, chosen, drawn, args.tokens, sampled=way == "sampled")
+                print(f"{mode}, {way} ({right} right): {found}", flush=True)
+                report.rows.append(row_of(f"{case}, {way}", mode, found, right, args.device))
+                report.rows = beside_ours(report.rows)
+                if args.write:
+                    write(report)
     if args.plot:
-        plot(found, right, args.plot)
+        plot(report.rows, args.plot)
 
 
 assert bicompile  # registers the backend's name where the package is not installed

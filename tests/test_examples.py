@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import runpy
 from pathlib import Path
@@ -36,14 +37,31 @@ def test_generate_keeps_every_logit(capsys):
 
 def test_requests_get_one_answer_greedily_and_one_for_each_seed(capsys, monkeypatch, tmp_path):
     pytest.importorskip("transformers")
-    few = ["--model", "random", "--requests", "8", "--seeds", "2", "--largest", "4", "--tokens", "6"]
+    few = ["--model", "random", "--requests", "8", "--seeds", "2", "--largest", "4", "--tokens", "6", "--write"]
     plot = ["--plot", str(tmp_path / "counts.png")] if importlib.util.find_spec("matplotlib") else []
-    monkeypatch.setattr("sys.argv", ["04_thousand_completions.py", *few, "--modes", "stock eager", *plot])
+    monkeypatch.setattr("bicompile.bench.results.RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["04_thousand_completions.py", *few, "--modes", "ours"])
     output = _output("04_thousand_completions.py", capsys)
     assert "batch_invariant, greedy (1 right): 1 different answers" in output
     assert "batch_invariant, sampled (2 right): 2 different answers" in output
-    assert "stock eager, sampled" in output
+    # A run of another mode adds to what the first one wrote.
+    monkeypatch.setattr("sys.argv", ["04_thousand_completions.py", *few, "--modes", "eager", *plot])
+    assert "stock eager, sampled" in _output("04_thousand_completions.py", capsys)
+    (file,) = tmp_path.glob("*/determinism.json")
+    ours, stock = json.loads(file.read_text())["rows"][1::2]
+    assert (ours["against"], stock["against"]) == ("batch_invariant", "stock eager")
+    assert ours["unique"] == stock["ours_unique"] == 2 and stock["ratio"] > 0 and stock["same_bits"]
     assert not plot or (tmp_path / "counts.png").stat().st_size > 1000
+
+
+def test_a_mode_is_not_held_against_ours_of_another_case(capsys, monkeypatch, tmp_path):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("bicompile.bench.results.RESULTS", tmp_path)
+    options = ["--model", "random", "--requests", "8", "--write", "--modes", "eager"]
+    monkeypatch.setattr("sys.argv", ["04_thousand_completions.py", *options])
+    with pytest.raises(SystemExit):
+        _output("04_thousand_completions.py", capsys)
+    assert "add ours" in capsys.readouterr().err
 
 
 def test_answers_that_differ_are_counted_and_placed():

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
 
 from bicompile.__main__ import main
 from bicompile.bench import Report, Row
-from bicompile.bench.results import _command
+from bicompile.bench.results import _command, device_slug
 from bicompile.bench.suites import MODULES, compile_cpu
 from bicompile.bench.table import table
 
@@ -75,6 +76,14 @@ def test_a_row_that_lost_its_bits_fails_the_command(monkeypatch):
     assert main(["bench", "attention", *options]) == 1
 
 
+def test_inductor_is_measured_with_pytorchs_own_attention():
+    from bicompile.bench.suites import smollm
+
+    for backend, attention in (("inductor", "sdpa"), ("batch_invariant", "batch_invariant")):
+        model = smollm.compiled(torch.float32, backend, quick=True)
+        assert model.config._attn_implementation == attention
+
+
 def test_part_of_a_suite_is_not_written_over_the_whole(capsys):
     for options in (["--quick"], ["--only", "M=1"]):
         assert main(["bench", "matmul", "--device", "cpu", "--write", *options]) == 2
@@ -103,6 +112,22 @@ def test_table_shows_the_pair_that_was_measured_and_lost_bits():
     _, first, second = table(rows).splitlines()
     assert first.split() == "a eager 10 20 us 2.000 1.90 to 2.10 yes".split()
     assert second.split() == "b inductor 7 14 tokens/s 0.500 NO".split()
+
+
+@pytest.mark.parametrize(
+    ("vendor", "name", "family", "model", "slug"),
+    [
+        ("AuthenticAMD", "AMD EPYC", 25, 17, "cpu-amd-epyc-zen4"),
+        ("AuthenticAMD", "AMD EPYC 7B13 64-Core Processor", 25, 1, "cpu-amd-epyc-7b13-zen3"),
+        ("GenuineIntel", "Intel(R) Xeon(R) Processor", 6, 207, "cpu-intel-xeon-emerald-rapids"),
+        ("GenuineIntel", "Intel(R) Xeon(R) Gold 6 CPU @ 2.7GHz", 6, 143, "cpu-intel-xeon-gold-6-sapphire-rapids"),
+        ("GenuineIntel", "Intel(R) Core(TM) i7", 6, 1, "cpu-intel-core-i7-family-6-model-1"),
+    ],
+)  # fmt: skip
+def test_results_lie_in_a_folder_of_the_processors_name(vendor, name, family, model, slug, monkeypatch):
+    facts = {"vendor_id": vendor, "model name": name, "cpu family": str(family), "model": str(model)}
+    monkeypatch.setattr("bicompile.bench.results._cpu_facts", lambda: facts)
+    assert device_slug() == slug
 
 
 def test_command_is_kept_as_it_can_be_typed():

@@ -24,6 +24,11 @@ import torch
 import bicompile
 from bicompile.lowering.native import build
 
+_INTEL = {
+    79: "broadwell", 85: "skylake", 106: "ice-lake", 108: "ice-lake", 143: "sapphire-rapids", 173: "granite-rapids",
+    174: "granite-rapids", 207: "emerald-rapids",
+}  # fmt: skip
+"""Server processors of family 6 by model; 85 are Cascade Lake and Cooper Lake too."""
 _ROOT = Path(__file__).resolve().parents[2]
 RESULTS = _ROOT / "examples" / "benchmarks" / "results"
 
@@ -111,8 +116,10 @@ def device_name(device: str = "cpu") -> str:
 
 def device_slug(device: str = "cpu") -> str:
     """The device's name as a directory name, such as ``cpu-amd-epyc-zen4``."""
-    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return f"cpu-{name}" if device == "cpu" else name
+    name = device_name(device).lower()
+    if device == "cpu":
+        name = "cpu " + re.sub(r"\((r|tm)\)|\b(processor|cpu|\d+-core)\b|@.*ghz", " ", name)
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
 def _cpu_facts() -> dict[str, str]:
@@ -134,6 +141,8 @@ def _generation(facts: dict[str, str]) -> str:
             return "zen5"
         if family == 25:
             return "zen4" if model & 0xF0 in (0x10, 0x60, 0x70, 0xA0) else "zen3"
+    if facts["vendor_id"] == "GenuineIntel" and family == 6 and model in _INTEL:
+        return _INTEL[model]
     return f"family-{family}-model-{model}"
 
 

@@ -39,7 +39,8 @@ def share_layers(model: Any, compile: Compiler, attention: str = "batch_invarian
     """Rewire ``model`` (a ``LlamaForCausalLM``), in place, to run on three compiled functions.
 
     Run the model inside :func:`one_graph_settings`, and with a cache.  ``attention`` is transformers' name of one: ours
-    asks no sizes, and one graph takes any number of queries; with PyTorch's, ``"sdpa"``, there are a few graphs.
+    asks no sizes, and one graph takes any number of queries; with PyTorch's, ``"sdpa"``, there are a few graphs, and
+    a mask only where transformers makes one.
     """
     model.set_attn_implementation(attention)
     unbacked = attention == "batch_invariant"
@@ -67,7 +68,7 @@ class _Cache:
 
 
 def _layer(
-    layer: nn.Module, hidden: Tensor, mask: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
+    layer: nn.Module, hidden: Tensor, mask: Tensor | None, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor
 ) -> Any:
     """One decoder layer; the compiler learns which sizes belong together, so that none is tied to a number."""
     batch, length = hidden.shape[0], hidden.shape[1]
@@ -77,10 +78,11 @@ def _layer(
     for past in (keys, values):
         torch._check(past.shape[1] == batch)
     torch._check(keys.shape[0] == values.shape[0])
-    torch._check(mask.shape[0] == batch)
-    torch._check(mask.shape[1] == 1)
-    torch._check(mask.shape[2] == length)
-    torch._check(mask.shape[3] == length + keys.shape[0])
+    if mask is not None:
+        torch._check(mask.shape[0] == batch)
+        torch._check(mask.shape[1] == 1)
+        torch._check(mask.shape[2] == length)
+        torch._check(mask.shape[3] == length + keys.shape[0])
     cache = _Cache(keys, values)
     hidden = layer(hidden, attention_mask=mask, position_embeddings=(cos, sin), past_key_values=cache)
     return hidden, cache.keys, cache.values
@@ -119,10 +121,10 @@ class _SharedLayer(nn.Module):
             past = [hidden.new_empty(0, len(hidden), heads, attention.head_dim) for _ in range(2)]
             slot.lazy_initialization(*past)
         batch, length = hidden.shape[:2]
-        if attention_mask is None:
-            attention_mask = _causal(batch, length, past[0].shape[0], hidden.device)
         cos, sin = (table.expand(batch, -1, -1) for table in position_embeddings)
         if self.unbacked:
+            if attention_mask is None:
+                attention_mask = _causal(batch, length, past[0].shape[0], hidden.device)
             for tensor, dims in ((hidden, (0, 1)), (attention_mask, (0, 2, 3)), (cos, (0, 1)), (sin, (0, 1))):
                 mark_unbacked(tensor, dims)
             for tensor in past:

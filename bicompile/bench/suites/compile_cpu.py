@@ -34,7 +34,7 @@ class Case:
     layers: int | None
 
     def __str__(self) -> str:
-        return "first calls, 4 graphs of a layer" if self.layers is None else f"first call, {self.layers} random layers"
+        return "first calls, 4 shapes" if self.layers is None else f"first call, {self.layers} random layers"
 
 
 class Measured(Suite):
@@ -74,7 +74,7 @@ def first_call(compiler: str, layers: int) -> float:
 
 
 def first_calls(compiler: str) -> float:
-    """Seconds of the first call at each specialisation, one row and many, one token and many."""
+    """Seconds of the first calls of one row and of two, of one token and of many."""
     with one_graph_for_all_layers():
         smollm = compiled(torch.float32, compiler, quick=False)
         start = time.perf_counter()

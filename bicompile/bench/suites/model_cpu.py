@@ -26,6 +26,8 @@ BATCHES = (1, 4, 8)
 BASELINES = {torch.float32: "inductor", torch.bfloat16: "eager"}
 OVERHEAD = "20 products of 8x8 in one graph"
 CALLS = {"decode": decode, "prefill": prefill}
+AGREE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Logits of two models that agree differ by less than this, relative to their norm."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +74,17 @@ class Measured(Suite):
         against = BASELINES[case.dtype]
         ours, theirs = self._models(case.dtype)
         make = CALLS[case.kind]
+        found, expected = make(ours, case.batch)(), make(theirs, case.batch)()
+        if not (difference := float((found - expected).norm() / expected.norm())) < AGREE[case.dtype]:
+            raise AssertionError(f"{case}: logits differ from those of {against} by {difference:.2%}")
+        same = same_bits(found[:1], make(ours, case.batch, rows=1)())
         seconds = self.seconds / 4 if case.kind == "decode" else self.seconds
-        found = compare(make(ours, case.batch), make(theirs, case.batch), seconds=seconds, rounds=11)
+        timed = compare(make(ours, case.batch), make(theirs, case.batch), seconds=seconds, rounds=11)
         tokens = case.batch * (1 if case.kind == "decode" else PREFILL)
         extra = {"group": case.group, "batch": case.batch}
-        extra |= {"ours_tokens_per_s": tokens * 1e6 / found.ours.median_us}
-        extra |= {"theirs_tokens_per_s": tokens * 1e6 / found.theirs.median_us}
-        same = same_bits(make(ours, case.batch)()[:1], make(ours, case.batch, rows=1)())
-        return Row(str(case), against, found.ratio, same, extra)
+        extra |= {"ours_tokens_per_s": tokens * 1e6 / timed.ours.median_us}
+        extra |= {"theirs_tokens_per_s": tokens * 1e6 / timed.theirs.median_us}
+        return Row(str(case), against, timed.ratio, same, extra | {"difference": difference})
 
     def _models(self, dtype: torch.dtype) -> tuple[Any, Any]:
         """Ours and the baseline; those of another dtype are let go."""

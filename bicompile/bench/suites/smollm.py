@@ -36,9 +36,12 @@ def stock(dtype: torch.dtype, quick: bool) -> Any:
 
 
 def compiled(dtype: torch.dtype, backend: str, quick: bool) -> Any:
-    """The model on a few compiled functions; run it inside :func:`one_graph_for_all_layers`."""
-    model = stock(dtype, quick)
-    share_layers(model, functools.partial(torch.compile, backend=backend, dynamic=True))
+    """The model on a few compiled functions; run it inside :func:`one_graph_for_all_layers`.
+
+    Inductor gets PyTorch's attention, as it would without this package.
+    """
+    model, attention = stock(dtype, quick), "batch_invariant" if backend == "batch_invariant" else "sdpa"
+    share_layers(model, functools.partial(torch.compile, backend=backend, dynamic=True), attention)
     return model
 
 

@@ -20,6 +20,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch._inductor import config as inductor
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from transformers import LogitsProcessorList, PreTrainedModel
 
 import bicompile
-from bicompile.bench import Report, Row
+from bicompile.bench import Report, Row, plotting
 from bicompile.bench.results import meta
 from bicompile.demo.models import Subject, subject
 from bicompile.demo.sharing import one_graph_settings, share_layers
@@ -152,7 +153,7 @@ def kept(report: Report, case: str, modes: Sequence[str]) -> list[Row]:
     if file["meta"]["versions"]["torch"] != torch.__version__:
         return []
     rows = [row for row in file["rows"] if row["case"].startswith(f"{case}, ") and row["against"] not in modes]
-    return [Row(*map(row.pop, ("case", "against", "ratio", "same_bits")), extra=row) for row in rows]
+    return [Row.from_json(row) for row in rows]
 
 
 def write(report: Report) -> None:
@@ -163,23 +164,6 @@ def write(report: Report) -> None:
             share = row.extra["right"] / row.extra["unique"]
             report.summarise(f"{way}: right answers / different answers", share, bar=1.0)
     print(report.write())
-
-
-def plot(rows: Sequence[Row], path: str) -> None:
-    """How many different answers each mode gave, beside how many there ought to be."""
-    import matplotlib.pyplot as plt
-
-    cases = list(dict.fromkeys(row.case for row in rows))
-    figure, panels = plt.subplots(1, len(cases), figsize=(5 * len(cases), 3), layout="constrained", squeeze=False)
-    for panel, case in zip(panels.flat, cases, strict=True):
-        shown = [row for row in rows if row.case == case]
-        right = shown[0].extra["right"]
-        names = [row.against.replace(" batch", "\nbatch") for row in shown]
-        panel.bar_label(panel.barh(names, [row.extra["unique"] for row in shown]))
-        panel.axvline(right, color="black", linewidth=0.8)
-        panel.set(title=f"{case.rpartition(', ')[2]}: {right} right", xlabel="different answers")
-        panel.invert_yaxis()
-    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
@@ -217,7 +201,7 @@ def main() -> None:
                 if args.write:
                     write(report)
     if args.plot:
-        plot(report.rows, args.plot)
+        plotting.counts(report.rows, Path(args.plot))
 
 
 assert bicompile  # registers the backend's name where the package is not installed

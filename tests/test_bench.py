@@ -15,8 +15,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("tqdm")
 
 from bicompile.__main__ import main
-from bicompile.bench import Report, Row
-from bicompile.bench.results import _command, device_slug
+from bicompile.bench import Row
+from bicompile.bench.results import RESULTS, _command, device_slug
 from bicompile.bench.suites import MODULES, compile_cpu
 from bicompile.bench.table import table
 
@@ -95,13 +95,24 @@ def test_plot_is_drawn_over_the_sweep_and_as_bars(tmp_path: Path):
     pytest.importorskip("matplotlib")
     from bicompile.bench.plotting import plot
 
-    report = Report("matmul")
+    drawn = []
     for group, rows, ratio in (("a", 1, 0.5), ("a", 8, 2.0), ("b", 1, 1.0)):
-        extra = {"group": group, "series": group, "rows": rows}
-        report.rows.append(Row(f"{group} M={rows}", "eager", ratio, extra=extra))
+        extra = {"group": group, "series": group, "rows": rows, "ours_us": 1.0, "theirs_us": ratio}
+        drawn.append(Row(f"{group} M={rows}", "eager", ratio, extra=extra))
     for name, sweep in (("lines", "rows"), ("bars", None)):
-        plot(report, sweep, tmp_path / f"{name}.png")
+        plot("matmul", drawn, sweep, tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_result_has_its_picture():
+    drawn = {*MODULES, "determinism", "on_policy_rl"}
+    wanted = [path.with_suffix(".png") for path in RESULTS.glob("*/*.json") if path.stem in drawn]
+    assert wanted and not [path for path in wanted if not path.exists()], "run python -m bicompile.bench.plotting"
+
+
+def test_a_row_is_read_as_it_was_written():
+    row = Row("a", "eager", 2.0, True, {"ours_us": 10.0, "group": "g"})
+    assert Row.from_json(row.to_json()) == row
 
 
 def test_table_shows_the_pair_that_was_measured_and_lost_bits():

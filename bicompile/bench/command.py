@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .results import device_name
 from .suite import Settings
 from .suite import run as measure
 from .suites import MODULES, suite
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         from .plotting import plot
 
-        plot(report, chosen.sweep, args.plot)
+        plot(f"{report.suite}, {device_name(device)}", report.rows, chosen.sweep, args.plot)
     if args.write:
         print(f"written: {report.write()}")
     return 1 if any(row.same_bits is False for row in report.rows) else 0

@@ -1,31 +1,37 @@
-"""Draw the ratios of a report: over the size that the suite sweeps, or as bars."""
+"""Draw the ratios of a report: over the size that the suite sweeps, or as bars.
+
+python -m bicompile.bench.plotting      # every suite's result files again, each beside its file
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .results import Report, Row
+from .results import RESULTS, Row
+from .suite import Settings
+from .suites import MODULES, suite
 
 
-def plot(report: Report, sweep: str | None, path: Path) -> None:
-    """Write a picture of ``report``: ``sweep`` names the rows' further key that the horizontal axis has."""
+def plot(title: str, rows: Sequence[Row], sweep: str | None, path: Path) -> None:
+    """Write a picture of ``rows``: ``sweep`` names their further key that the horizontal axis has."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    swept = [row for row in report.rows if sweep is not None and sweep in row.extra]
+    swept = [row for row in rows if sweep is not None and sweep in row.extra]
     figure = plt.figure(figsize=(10, 5), layout="constrained")
     if sweep is not None and swept:
         _lines(figure, swept, sweep)
     else:
-        _bars(figure, report.rows)
-    figure.suptitle(f"{report.suite}: their time / our time (above 1: ours is faster)")
-    figure.savefig(path, dpi=150)
+        _bars(figure, rows)
+    figure.suptitle(f"{title}: their time / our time (above 1: ours is faster)")
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
@@ -56,16 +62,84 @@ def _lines(figure: Any, rows: Sequence[Row], sweep: str) -> None:
         panel.axhline(1, color="black", linewidth=0.8)
         panel.set(title=group, xlabel=sweep)
         panel.set_xscale("log", base=2)
-        panel.set_yscale("log", base=2)
-        for axis in (panel.xaxis, panel.yaxis):
-            axis.set_major_formatter("{x:g}")
+        panel.xaxis.set_major_formatter("{x:g}")
         panel.legend(fontsize="x-small")
+    _ratios(figure.axes[0].yaxis, figure.axes[0].set_yscale, figure.axes[0].set_ylim)  # which all panels share
 
 
 def _bars(figure: Any, rows: Sequence[Row]) -> None:
-    figure.set_size_inches(10, 1.5 + 0.25 * len(rows))
-    panel = figure.subplots()
-    panel.barh([f"{row.case} against {row.against}" for row in rows], [row.ratio for row in rows])
+    """A line for each case, a bar for each baseline, to the right of 1 where ours is faster."""
+    rows = [row for row in rows if any(key.startswith("ours_") for key in row.extra)]  # the others are no times
+    cases: dict[str, list[Row]] = {}
+    for row in rows:
+        cases.setdefault(row.case, []).append(row)
+    colors = {against: f"C{number}" for number, against in enumerate(dict.fromkeys(row.against for row in rows))}
+    figure.set_size_inches(9, 1.2 + 0.2 * len(cases))
+    panel, named = figure.subplots(), set[str]()
+    for line, group in enumerate(cases.values()):
+        thickness = 0.8 / len(group)
+        for number, row in enumerate(group):
+            name = f"against {row.against}" if row.against not in named else None
+            place = line + (number + 0.5) * thickness - 0.4
+            panel.barh(place, row.ratio - 1, thickness, left=1, color=colors[row.against], label=name)
+            named.add(row.against)
     panel.axvline(1, color="black", linewidth=0.8)
-    panel.tick_params(axis="y", labelsize="x-small")
+    panel.set_yticks(range(len(cases)), cases, fontsize="x-small")
+    panel.margins(y=0.01)
     panel.invert_yaxis()
+    _ratios(panel.xaxis, panel.set_xscale, panel.set_xlim)
+    panel.grid(axis="x", linewidth=0.3)
+    panel.legend(fontsize="x-small")
+
+
+def _ratios(axis: Any, set_scale: Callable[..., None], set_limits: Callable[[float, float], object]) -> None:
+    """A logarithmic axis from a half to two at least, with plain numbers on it."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    set_scale("log", base=2)
+    low, high = axis.get_view_interval()
+    low, high = min(low, 0.5), max(high, 2.0)
+    set_limits(low, high)
+    axis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.25, 1.5, 1.75) if high / low < 8 else (1.0,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
+
+
+def counts(rows: Sequence[Row], path: Path) -> None:
+    """Write a picture of a determinism result: how many different answers each mode gave, and how many are right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = list(dict.fromkeys(row.case for row in rows))
+    figure, panels = plt.subplots(1, len(cases), figsize=(5 * len(cases), 3), layout="constrained", squeeze=False)
+    for panel, case in zip(panels.flat, cases, strict=True):
+        shown = [row for row in rows if row.case == case]
+        right = shown[0].extra["right"]
+        names = [row.against.replace(" batch", "\nbatch") for row in shown]
+        panel.bar_label(panel.barh(names, [row.extra["unique"] for row in shown]))
+        panel.axvline(right, color="black", linewidth=0.8)
+        panel.set(title=f"{case.rpartition(', ')[2]}: {right} right", xlabel="different answers")
+        panel.invert_yaxis()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Draw them all."""
+    for path in sorted(RESULTS.glob("*/*.json")):
+        result, picture = json.loads(path.read_text()), path.with_suffix(".png")
+        rows = [Row.from_json(row) for row in result["rows"]]
+        if path.stem == "determinism":
+            counts(rows, picture)
+        elif path.stem in MODULES:
+            sweep = suite(path.stem, Settings("cpu" if path.parent.name.startswith("cpu-") else "cuda")).sweep
+            plot(f"{path.stem}, {result['meta']['device']}", rows, sweep, picture)
+        else:
+            continue  # an example draws its own
+        print(picture.relative_to(RESULTS))
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -49,6 +49,12 @@ class Row:
         """The row as it stands in the file."""
         fixed = {"case": self.case, "against": self.against, "ratio": _short(self.ratio), "same_bits": self.same_bits}
         return fixed | {key: _short(value) for key, value in self.extra.items()}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Row:
+        """The row that stands so in a file."""
+        extra = dict(row)
+        return cls(*map(extra.pop, ("case", "against", "ratio", "same_bits")), extra=extra)
 
 
 @dataclass

@@ -54,7 +54,8 @@ class Row:
     def from_json(cls, row: Mapping[str, Any]) -> Row:
         """The row that stands so in a file."""
         extra = dict(row)
-        return cls(*map(extra.pop, ("case", "against", "ratio", "same_bits")), extra=extra)
+        case, against, ratio, same_bits = map(extra.pop, ("case", "against", "ratio", "same_bits"))
+        return cls(case, against, ratio, same_bits, extra)
 
 
 @dataclass

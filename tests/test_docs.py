@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import io
+import json
 import re
 import subprocess
 import sys
@@ -190,6 +191,15 @@ def test_missing_docstrings_and_types_are_found():
         "Bare.method(x): no type",
         "Bare.method: no return type",
     ]
+
+
+def test_what_promises_call_refused_is_refused_in_the_op_map():
+    entries = json.loads((ROOT / "docs" / "ops.json").read_text())
+    text = (ROOT / "docs" / "promises.md").read_text().partition("## What is refused")[2]
+    (line,) = (item for item in text.split("\n* ") if "`ctc_loss`" in item)
+    named = set(re.findall(r"`(\w+)`", line))
+    seen = {name for name in named for entry, found in entries.items() if name in entry and "refused" in found.values()}
+    assert len(named) > 5 and named == seen
 
 
 # -- The site ---------------------------------------------------------------------------------------------------------

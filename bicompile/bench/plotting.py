@@ -37,6 +37,7 @@ def plot(title: str, rows: Sequence[Row], sweep: str | None, path: Path) -> None
 
 def _lines(figure: Any, rows: Sequence[Row], sweep: str) -> None:
     """A panel for each group; a thin line for each series, and a thick one for the geometric mean of a baseline."""
+    swept = sorted({row.extra[sweep] for row in rows})
     groups = list(dict.fromkeys(row.extra["group"] for row in rows))
     baselines = list(dict.fromkeys(row.against for row in rows))
     columns = min(3, len(groups))
@@ -63,6 +64,8 @@ def _lines(figure: Any, rows: Sequence[Row], sweep: str) -> None:
         panel.set(title=group, xlabel=sweep)
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter("{x:g}")
+        if max(swept) >= 1e6:
+            panel.set_xticks(swept, [f"{size / 1e6:.0f}M" for size in swept])
         panel.legend(fontsize="x-small")
     _ratios(figure.axes[0].yaxis, figure.axes[0].set_yscale, figure.axes[0].set_ylim)  # which all panels share
 

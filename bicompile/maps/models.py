@@ -277,9 +277,10 @@ def _share(a: Tensor, b: Tensor) -> float:
 
 
 def _longer(run: _Run, padding: int, length: int) -> Inputs:
-    """The inputs with ``length`` tokens in every row, for a decoder alone ``padding`` more on the left."""
+    """The inputs, answered, with ``length`` tokens in every row, for a decoder alone ``padding`` more on the left."""
     inputs = dict(run.inputs)
     ids = inputs[run.tokens]
+    asked = padding + ids.shape[1]
     ids = torch.cat([ids, words(len(ids), length - ids.shape[1], seed=5)], dim=1)
     if not run.is_pair:
         mask = torch.ones_like(ids)
@@ -287,7 +288,7 @@ def _longer(run: _Run, padding: int, length: int) -> Inputs:
         if "attention_mask" in inputs:
             inputs["attention_mask"] = mask
         if "token_type_ids" in inputs:
-            inputs["token_type_ids"] = torch.zeros_like(ids)
+            inputs["token_type_ids"] = (torch.arange(ids.shape[1]) >= asked).long().expand_as(ids)
         if takes(run.model, "position_ids"):
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     inputs[run.tokens] = ids

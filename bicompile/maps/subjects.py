@@ -193,6 +193,6 @@ def asked(config: Any) -> Inputs:
 
 
 def asked_by_type(config: Any) -> Inputs:
-    """The same for a model that wants to be told which tokens belong to the question: all, as it answers."""
+    """The same for a model that is told which tokens are the question, which all see each other: type 0, so far all."""
     inputs = asked(config)
     return {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}

@@ -8,6 +8,7 @@ from typing import Any
 from .subjects import (
     IMAGE,
     TOKENS,
+    VOCABULARY,
     WINDOW,
     Inputs,
     Subject,
@@ -16,6 +17,7 @@ from .subjects import (
     bare,
     captions,
     images,
+    patches,
     sentences,
     spectrograms,
     speech,
@@ -88,6 +90,32 @@ DECODERS = (
     _causal("SmolLM3", "SmolLM3"),
     _causal("GLM-4", "Glm4"),
     _causal("Nemotron", "Nemotron"),
+    _causal("OLMo 3", "Olmo3", **_SLIDING),
+    _causal("Cohere 2", "Cohere2", **_SLIDING),
+    _causal("EXAONE 4", "Exaone4", sliding_window_pattern=2, **_SLIDING),
+    _causal("Arcee", "Arcee"),
+    _causal("Seed-OSS", "SeedOss"),
+    _causal("HunYuan", "HunYuanDenseV1"),
+    _causal("ERNIE 4.5", "Ernie4_5"),
+    _causal("Helium", "Helium"),
+    _causal("Apertus", "Apertus"),
+    _causal("Ministral", "Ministral", **_SLIDING),
+    Subject(
+        "Gemma 3n",
+        "Gemma3nForCausalLM",
+        "Gemma3nTextConfig",
+        "decoder",
+        text,
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "laurel_rank": 8,
+            "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+        },
+    ),
 )
 EXPERTS = (
     _causal("Mixtral", "Mixtral", "experts"),
@@ -97,6 +125,25 @@ EXPERTS = (
     _causal("DeepSeek-V3", "DeepseekV3", "experts", head_dim=8, num_key_value_heads=4),
     _causal("GraniteMoE", "GraniteMoe", "experts"),
     _causal("PhiMoE", "Phimoe", "experts"),
+    _causal("Qwen2-MoE", "Qwen2Moe", "experts"),
+    _causal("DeepSeek-V2", "DeepseekV2", "experts", head_dim=8, num_key_value_heads=4),
+    _causal("GLM-4-MoE", "Glm4Moe", "experts"),
+    _causal("ERNIE 4.5 MoE", "Ernie4_5_Moe", "experts", moe_num_experts=4, moe_k=2, moe_layer_start_index=0),
+    _causal("MiniMax-M2", "MiniMaxM2", "experts"),
+    Subject(
+        "Llama 4",
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        "experts",
+        text,
+        {
+            "num_hidden_layers": 2,
+            "intermediate_size_mlp": 200,
+            "attention_chunk_size": WINDOW,
+            "layer_types": ["chunked_attention", "full_attention"],
+            "no_rope_layers": [1, 0],
+        },
+    ),
 )
 RECURRENT = (
     _causal("Mamba", "Mamba", "recurrent", **_SCANNED),
@@ -122,6 +169,55 @@ RECURRENT = (
         "Qwen3-Next", "Qwen3Next", "recurrent", num_hidden_layers=2, layer_types=["linear_attention", "full_attention"]
     ),
     _causal("LFM2", "Lfm2", "recurrent", num_hidden_layers=2, layer_types=["conv", "full_attention"]),
+    _causal(
+        "LFM2-MoE",
+        "Lfm2Moe",
+        "recurrent",
+        num_hidden_layers=2,
+        layer_types=["conv", "full_attention"],
+        num_dense_layers=1,
+    ),
+    Subject(
+        "Qwen3.5",
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5TextConfig",
+        "recurrent",
+        text,
+        {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+    ),
+    _causal(
+        "Granite 4",
+        "GraniteMoeHybrid",
+        "recurrent",
+        num_hidden_layers=2,
+        layer_types=["mamba", "attention"],
+        shared_intermediate_size=200,
+        mamba_n_heads=8,
+        mamba_d_head=16,
+        mamba_d_state=16,
+    ),
+    _causal(
+        "Nemotron-H",
+        "NemotronH",
+        "recurrent",
+        layers_block_type=["mamba", "attention", "mlp"],
+        mamba_num_heads=8,
+        mamba_head_dim=16,
+        n_groups=1,
+        ssm_state_size=16,
+        use_mamba_kernels=False,
+    ),
+    _causal(
+        "Zamba 2",
+        "Zamba2",
+        "recurrent",
+        num_hidden_layers=2,
+        layers_block_type=["mamba", "hybrid"],
+        num_key_value_heads=4,
+        mamba_headdim=16,
+        mamba_d_state=16,
+        use_mamba_kernels=False,
+    ),
 )
 ENCODERS = (
     _encoder("BERT", "Bert"),
@@ -138,6 +234,10 @@ ENCODERS = (
     _encoder("XLNet", "XLNet"),
     _encoder("Nystromformer", "Nystromformer", num_landmarks=TOKENS, segment_means_seq_len=TOKENS),
     _encoder("RoFormer", "RoFormer"),
+    _encoder("XLM-RoBERTa", "XLMRoberta"),
+    _encoder("NomicBERT", "NomicBert"),
+    _encoder("ESM", "Esm", position_embedding_type="rotary"),
+    Subject("UMT5 (encoder)", "UMT5EncoderModel", "UMT5Config", "encoder", sentences),
 )
 PAIRS = (
     _pair("T5", "T5"),
@@ -147,14 +247,17 @@ PAIRS = (
     _pair("Marian", "Marian", model="MarianMTModel"),
     _pair("M2M-100", "M2M100"),
     _pair("ProphetNet", "ProphetNet"),
+    _pair("T5Gemma", "T5Gemma"),
 )
 VISION = (
     _vision("ViT", "ViT"),
     _vision("DeiT", "DeiT"),
     _vision("Swin", "Swin", depths=[1, 1], num_heads=[2, 4], embed_dim=32, window_size=4, patch_size=4),
+    _vision("Swin V2", "Swinv2", depths=[1, 1], num_heads=[2, 4], embed_dim=32, window_size=4, patch_size=4),
     _vision("ConvNeXt", "ConvNext", patch_size=4, **_STAGES),
     _vision("BEiT", "Beit"),
     _vision("DINOv2", "Dinov2"),
+    _vision("DINOv3", "DINOv3ViT"),
     _vision("ResNet", "ResNet", embedding_size=16, layer_type="basic", **_STAGES),
     _vision("RegNet", "RegNet", embedding_size=16, groups_width=8, **_STAGES),
     _vision(
@@ -182,6 +285,34 @@ VISION = (
         decoder_hidden_size=32,
     ),
     _vision("YOLOS", "Yolos", model="YolosForObjectDetection", image_size=[IMAGE, IMAGE]),
+    _vision(
+        "DETR",
+        "Detr",
+        model="DetrForObjectDetection",
+        num_queries=10,
+        backbone_config={
+            "kind": "ResNetConfig",
+            "embedding_size": 16,
+            "layer_type": "basic",
+            "out_features": ["stage4"],
+            **_STAGES,
+        },
+    ),
+    _vision(
+        "Depth Anything",
+        "DepthAnything",
+        model="DepthAnythingForDepthEstimation",
+        neck_hidden_sizes=[16, 24, 32, 64],
+        fusion_hidden_size=16,
+        head_hidden_size=16,
+        reassemble_hidden_size=64,
+        backbone_config={
+            "kind": "Dinov2Config",
+            "num_hidden_layers": 4,
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+            "reshape_hidden_states": False,
+        },
+    ),
 )
 AUDIO = (
     Subject(
@@ -208,6 +339,7 @@ _EMBEDDINGS = ("image_embeds", "text_embeds")
 MULTIMODAL = (
     Subject("CLIP", "CLIPModel", "CLIPConfig", "multimodal", captions, {}, _EMBEDDINGS),
     Subject("SigLIP", "SiglipModel", "SiglipConfig", "multimodal", captions, {}, _EMBEDDINGS),
+    Subject("SigLIP 2", "Siglip2Model", "Siglip2Config", "multimodal", patches, {}, _EMBEDDINGS),
     Subject("BLIP", "BlipForConditionalGeneration", "BlipConfig", "multimodal", captions, {}),
     Subject("ViLT", "ViltModel", "ViltConfig", "multimodal", captions, {}),
     Subject(

@@ -21,8 +21,8 @@ rows alone and permuted. The exit code is 0 only if nothing was wrong.
 """
 _MODELS = """
 Run tiny random models of the architectures of transformers under batch_invariant, inside eager() and compiled: values
-against stock PyTorch, rows alone and in company, prefill against decode, padding. The file is written after each model,
-and keeps those that are not named. The exit code is 0 only if nothing was wrong.
+against stock PyTorch, rows alone and in company, prefill against decode, padding. The file is written after each model.
+With --only it keeps the models that are not named. The exit code is 0 only if nothing was wrong.
 """
 _NEEDS = (
     "bicompile map needs pytest and expecttest, which PyTorch's test database imports: pip install 'bicompile[test]'"
@@ -65,7 +65,7 @@ def run_models(args: argparse.Namespace) -> int:
         return 2
     compiled = () if args.eager else models.COMPILED if args.quick else models.ALONE
     chosen = [named(name) for name in args.only.split(",")] if args.only else list(SUBJECTS)
-    found = models_page.read(args.write) if args.write else {}
+    found = models_page.read(args.write) if args.write and args.only else {}
     for subject in (bar := tqdm(chosen, unit="model", disable=None)):
         bar.set_description(subject.name)
         with warnings.catch_warnings():

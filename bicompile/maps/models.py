@@ -9,6 +9,7 @@ cache, one-shot prefill is chunked prefill is decode, and padding makes no diffe
 from __future__ import annotations
 
 import contextlib
+import datetime
 import itertools
 import time
 import traceback
@@ -53,6 +54,7 @@ class Entry:
         graphs: how many graphs were compiled; 0 where it was not compiled.
         breaks: how many graph breaks there were; what lies between graphs runs inside ``eager()``.
         seconds: how long all of it took.
+        date: when.
         detail: what is refused or wrong, or what of P2 does not hold.
     """
 
@@ -65,6 +67,7 @@ class Entry:
     graphs: int = 0
     breaks: int = 0
     seconds: float = 0.0
+    date: str = ""
     detail: list[str] = field(default_factory=list)
 
     def note(self, kind: str, detail: str) -> None:
@@ -117,7 +120,7 @@ def _with_our_attention(subject: Subject) -> tuple[Any, str]:
 
 def entry_of(subject: Subject, compiled: Sequence[str] = ALONE) -> Entry:
     """Try one model inside ``eager()``, and compiled in the situations of ``compiled``, if there are any."""
-    entry, start = Entry(subject.name, subject.family), time.perf_counter()
+    entry, start = Entry(subject.name, subject.family, date=datetime.date.today().isoformat()), time.perf_counter()
     torch._dynamo.reset()
     with torch.no_grad():
         try:

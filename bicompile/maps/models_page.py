@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from .models import KINDS, Entry
 
@@ -54,7 +52,7 @@ def counts(entries: Iterable[Entry]) -> str:
 
 
 def as_json(entries: Iterable[Entry], made: dict[str, str]) -> str:
-    """``made`` with, and when; then a line for each model: what a later map is held against."""
+    """What all of it was ``made`` with; then a line for each model: what a later map is held against."""
     lines = []
     for entry in entries:
         fields = {k: v for k, v in dataclasses.asdict(entry).items() if k != "model"}
@@ -73,17 +71,18 @@ def made_now() -> dict[str, str]:
     import torch
     import transformers
 
-    today = datetime.date.today().isoformat()
-    return {"date": today, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def as_markdown(entries: list[Entry], made: dict[str, str]) -> str:
     """The page: counts, and a table for each family."""
     minutes = sum(entry.seconds for entry in entries) / 60
+    first, last = min(entry.date for entry in entries), max(entry.date for entry in entries)
+    when = f"on {first}" if first == last else f"from {first} to {last}"
     lines = [
         "# Which models are covered",
         "",
-        f"Written by `bicompile map models --write docs` on {made['date']} with torch {made['torch']} and transformers "
+        f"Written by `bicompile map models --write docs` {when} with torch {made['torch']} and transformers "
         f"{made['transformers']} on a CPU, in {minutes:.0f} minutes. Do not edit.",
         "",
         _INTRODUCTION,
@@ -112,7 +111,16 @@ def write(directory: Path, entries: list[Entry], made: dict[str, str]) -> None:
     (directory / "models.md").write_text(as_markdown(entries, made))
 
 
-def read(directory: Any) -> dict[str, Entry]:
-    """The entries of an earlier map in ``directory``; none if there is none."""
-    file = Path(directory) / "models.json"
-    return from_json(file.read_text())[0] if file.exists() else {}
+def read(directory: Path) -> dict[str, Entry]:
+    """The entries of an earlier map in ``directory`` that was made with what is installed now; none if there is none.
+
+    Raises:
+        ValueError: it was made with other versions.
+    """
+    file = directory / "models.json"
+    if not file.exists():
+        return {}
+    entries, made = from_json(file.read_text())
+    if made != made_now():
+        raise ValueError(f"{file} was made with {made}, installed are {made_now()}: make the whole map, without --only")
+    return entries

@@ -17,7 +17,8 @@ Inputs = dict[str, Tensor]
 VOCABULARY = 96
 ROWS = 3
 TOKENS = 12
-IMAGE = 32
+IMAGE, PATCH = 32, 8
+PATCHES = (IMAGE // PATCH) ** 2
 PICTURE, FIRST_WORD, LAST_WORD = 3, 4, 90  # the token that stands for a picture; ordinary tokens
 WINDOW = 16
 
@@ -28,7 +29,7 @@ _SIZES: dict[str, Any] = {
     # More than a block of 192 is added up.
     **dict.fromkeys(["intermediate_size", "n_inner", "d_inner", "ffn_dim", "d_ff", "hidden_dim"], 200),
     **dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size"], 200),
-    "shared_expert_intermediate_size": 200,
+    **dict.fromkeys(["shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"], 200),
     **dict.fromkeys(["num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"], 1),
     **dict.fromkeys(["num_decoder_layers", "depth"], 1),
     **dict.fromkeys(["num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads"], 4),
@@ -40,7 +41,7 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(["q_lora_rank", "kv_lora_rank"], 32),
     **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts"], 4),
     "num_experts_per_tok": 2,
-    **dict.fromkeys(["n_group", "topk_group", "n_shared_experts"], 1),
+    **dict.fromkeys(["n_group", "topk_group", "n_shared_experts", "moe_num_shared_experts"], 1),
     **dict.fromkeys(["max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions"], 256),
     "first_k_dense_replace": 0,
     "vocab_size": VOCABULARY,
@@ -50,7 +51,8 @@ _SIZES: dict[str, Any] = {
     "local_attention": WINDOW,
     "attention_window_size": WINDOW,
     "image_size": IMAGE,
-    "patch_size": 8,
+    "patch_size": PATCH,
+    "num_patches": PATCHES,
     "initializer_range": 0.2,  # else every row says nearly the same
     "tie_word_embeddings": False,
     "pad_token_id": 0,
@@ -185,10 +187,20 @@ def captions(config: Any) -> Inputs:
     return {**sentences(config), **images(config)}
 
 
+def patches(config: Any) -> Inputs:
+    """Sentences and pictures cut into patches, for a model of pictures of any shape."""
+    return {
+        **sentences(config),
+        "pixel_values": torch.randn(ROWS, PATCHES, 3 * PATCH * PATCH, generator=_generator(3)),
+        "pixel_attention_mask": torch.ones(ROWS, PATCHES, dtype=torch.long),
+        "spatial_shapes": torch.full((ROWS, 2), IMAGE // PATCH),
+    }
+
+
 def asked(config: Any) -> Inputs:
     """Sentences that begin with a picture of 16 patches."""
-    ids = words(ROWS, 16 + TOKENS)
-    ids[:, :16] = PICTURE
+    ids = words(ROWS, PATCHES + TOKENS)
+    ids[:, :PATCHES] = PICTURE
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images(config)}
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._inductor.decomposition import select_decomp_table
 from torch._ops import OpOverload, OpOverloadPacket
 
-from . import bags, collectives, distances, foreach, norms, windows, writes
+from . import bags, collectives, complexes, distances, foreach, norms, windows, writes
 from .errors import UnsupportedOpError
 from .lowering.attention.op import scaled_dot_product_attention
 from .lowering.softmax.cross_entropy import log_probability
@@ -308,6 +308,6 @@ def decomposition_table() -> dict[OpOverload, Callable[..., Any]]:
     for packet in _KEPT_WHOLE:
         for overload in packet.overloads():
             table.pop(getattr(packet, overload), None)
-    for module in (bags, collectives, distances, norms, windows, writes):
+    for module in (bags, collectives, complexes, distances, norms, windows, writes):
         table |= module.NORMAL_FORMS
     return table | _NORMAL_FORMS

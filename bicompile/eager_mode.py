@@ -241,6 +241,8 @@ def _lowered(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def _elementwise_on_cpu(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """A function that ``math.h`` defines, or None for any other op."""
+    if any(isinstance(x, Tensor) and x.is_complex() for x in args):
+        return None
     if func in PINNED_UNARY:
         return _pinned(bicompile.unary.default, args[:1], PINNED_UNARY[func])
     if func in PINNED_BINARY:

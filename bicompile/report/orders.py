@@ -26,7 +26,7 @@ _SMALL: dict[str, dict[str, Any]] = {
     "ReductionOrder": {"lanes": 4, "section": 8},
     "GpuReductionOrder": {"lanes": 4, "section": 8},
     "AttentionOrder": {"block": 4, "lanes": 4},
-    "GpuAttentionOrder": {"block": 4, "splits": ((0, 16), (0, 16), 16)},
+    "GpuAttentionOrder": {"block": 4, "splits": ((0, 16),)},
     "GpuScanOrder": {"segment": 4},
 }
 _SUMMANDS = {"ReductionOrder": 19, "GpuReductionOrder": 19}

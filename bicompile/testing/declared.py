@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -87,8 +88,7 @@ def _(order: AttentionOrder, n: int) -> dict[str, SummationTree]:
 
 @declared_trees.register
 def _(order: GpuAttentionOrder, n: int) -> dict[str, SummationTree]:
-    size = max(order.splits[0][1] // order.block, 1)
-    splits = [range(start, min(start + size, n)) for start in range(0, n, size)]
+    splits = [[start // order.block for start in split[:: order.block]] for split in _splits(order, n * order.block)]
     return {"blocks of keys, in splits": chain(functools.reduce(add, split, None) for split in splits)}
 
 
@@ -133,16 +133,16 @@ def gpu_attention_trees(order: GpuAttentionOrder, group: int, n: int) -> dict[st
 
     The keys' scores are the same, so that no sum is scaled on its way.
     """
-    (e1, s1), (e2, s2), s3 = order.splits
-    splits, start = [], 0
-    while start < n:
-        size = s1 if start < e1 else s2 if start < e2 else s3
-        splits.append(range(start, min(start + size, n)))
-        start += size
+    splits = _splits(order, n)
     return {
         "weighted values": chain(grouped(split, group) for split in splits),
         "weights": chain(_folded_blocks(split, order.block, order.lanes) for split in splits),
     }
+
+
+def _splits(order: GpuAttentionOrder, keys: int) -> list[range]:
+    starts = [*order.split_starts(keys), keys]
+    return [range(*pair) for pair in itertools.pairwise(starts)]
 
 
 def _folded_blocks(split: range, block: int, lanes: int) -> Child | None:

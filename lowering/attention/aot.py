@@ -31,7 +31,7 @@ from .schedule import (
 from .split_kernels import merge_kernel, split_kernel
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-_LOOSE = ("queries", "keys", "heads", "kv_heads", "splits", "span")
+_LOOSE = ("queries", "keys", "heads", "kv_heads", "splits", "shift", "even")
 
 
 def compilation(
@@ -45,11 +45,10 @@ def compilation(
     tma = schedule.tma
     name, order = _NAMES[dtype], gpu_order_for(depth, dtype)
     wide = "fp64" if dtype == torch.float64 else "fp32"
-    (e1, s1), (e2, s2), s3 = order.splits
     constants: dict[str, Any] = dict(
         BM=schedule.rows, BN=order.block, BD=depth, BDV=depth, EVEN=True, EVEN_V=True, LANES=order.lanes, MASK=mask,
         CAUSAL=causal, HIDDEN=-1e38, TMA=tma, STAGES=schedule.stages, FLAGGED=0,
-        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, E1=e1, S1=s1, E2=e2, S2=s2, S3=s3,
+        DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, SPLITS=order.levels,
     )  # fmt: skip
     if isinstance(schedule, SplitSchedule):
         del constants["FLAGGED"]
@@ -82,10 +81,9 @@ def merge_compilation(dtype: torch.dtype, depth: int, mask: str, splits: int, *,
     import triton.language as tl
 
     at_once = merged_at_once(splits)
-    (e1, s1), (e2, s2), s3 = gpu_order_for(depth, dtype).splits
     constants: dict[str, Any] = dict(
         EARLY=early, BDV=depth, AT_ONCE=at_once, AGAIN=splits > at_once, MASK=mask, CAUSAL=False, DTYPE=tl.float32,
-        E1=e1, S1=s1, E2=e2, S2=s2, S3=s3,
+        SPLITS=gpu_order_for(depth, dtype).levels,
     )  # fmt: skip
     signature = {a: "i32:16" for a in merge_kernel.arg_names if a not in constants}
     signature |= {a: "i32" for a in _LOOSE if a in signature}
@@ -132,10 +130,9 @@ def hopper_compilation(
     from triton.experimental.gluon import language as gl
 
     order = gpu_order_for(depth, torch.bfloat16)
-    (e1, s1), (e2, s2), s3 = order.splits
     constants: dict[str, Any] = dict(
         ROWS=ROWS, BN=order.block, BD=depth, LANES=order.lanes, MASK=mask, CAUSAL=causal,
-        STAGES=schedule.stages, OVERLAP=schedule.overlap, DTYPE=gl.bfloat16, E1=e1, S1=s1, E2=e2, S2=s2, S3=s3,
+        STAGES=schedule.stages, OVERLAP=schedule.overlap, DTYPE=gl.bfloat16, SPLITS=order.levels,
     )  # fmt: skip
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     signature = {a: "i32" for a in hopper_kernel.arg_names if a not in constants}

@@ -48,7 +48,7 @@ def _strides(p: Problem, info: RowInfo) -> tuple[int, ...]:
 
 def _tile_constants(p: Problem, schedule: TileSchedule, flagged: int) -> tuple[Any, ...]:
     tail = p.tail(schedule.tma, schedule.stages)
-    return (schedule.rows, *tail[:-5], flagged, *tail[-5:])
+    return (schedule.rows, *tail[:-1], flagged, *tail[-1:])
 
 
 def run_tiles(p: Problem, schedule: TileSchedule) -> tuple[Tensor, Tensor]:
@@ -76,22 +76,24 @@ def run_splits(p: Problem, schedule: SplitSchedule) -> tuple[Tensor, Tensor]:
     tail = p.tail(schedule.tma, schedule.stages)
     k, v = descriptors(p) if schedule.tma else (p.k, p.v)
     part, stats, splits, programs, early = out, lse, 1, 1, False
+    span = max(schedule.span, p.order.splits[0][1])
     if schedule.span > 0:
-        splits = num_splits(p.order, keys)
+        splits = p.order.num_splits(keys)
         part = torch.empty((num_rows, splits, value_depth), dtype=lse.dtype, device=lse.device)
         stats = torch.empty((num_rows, splits, 2), dtype=lse.dtype, device=lse.device)
-        programs = num_splits(p.order, keys, schedule.span)
+        programs = p.order.num_splits(keys, schedule.span)
         early = not INTERPRETED and device_key(p.q.device.index).capability >= (9, 0)
     launch(
         split_kernel, (batch * kv_heads, cdiv(queries * group, schedule.rows), programs),
         (p.q, k, v, p.mask if p.mask is not None else p.q, info.first, info.hole, info.last, part, stats),
-        (queries, keys, heads, kv_heads, splits, schedule.span, *p.scales), _strides(p, info),
+        (queries, keys, heads, kv_heads, splits, span.bit_length() - 1, p.order.even_until(span), *p.scales),
+        _strides(p, info),
         (early, schedule.span > 0, schedule.rows, *tail), schedule.warps, schedule.stages,
     )  # fmt: skip
     if schedule.span > 0:
         at_once = merged_at_once(splits)
         again = splits > at_once
-        constants = (early, p.widths[1], at_once, again, p.kind, p.causal, TYPES[p.q.dtype], *tail[-5:])
+        constants = (early, p.widths[1], at_once, again, p.kind, p.causal, TYPES[p.q.dtype], *tail[-1:])
         launch(
             merge_kernel, (num_rows,), (part, stats, info.first, info.last, out, lse),
             (queries, keys, heads, splits), (*info.strides, value_depth), constants, MERGE_WARPS, 1,
@@ -103,17 +105,6 @@ def run_splits(p: Problem, schedule: SplitSchedule) -> tuple[Tensor, Tensor]:
 def num_pieces(order: GpuAttentionOrder, keys: int) -> int:
     """``keys`` keys in splits of the smallest size."""
     return cdiv(keys, order.splits[0][1])
-
-
-def num_splits(order: GpuAttentionOrder, keys: int, span: int = 1) -> int:
-    """How many splits ``keys`` keys have; or how many programs, if each takes ``span`` keys, but one split at least."""
-    (e1, s1), (e2, s2), s3 = order.splits
-    s1, s2, s3 = max(s1, span), max(s2, span), max(s3, span)
-    if keys <= e1:
-        return cdiv(keys, s1)
-    if keys <= e2:
-        return e1 // s1 + cdiv(keys - e1, s2)
-    return e1 // s1 + (e2 - e1) // s2 + cdiv(keys - e2, s3)
 
 
 def descriptors(p: Problem) -> tuple[Any, Any]:
@@ -144,7 +135,6 @@ def run_hopper(p: Problem, schedule: HopperSchedule) -> tuple[Tensor, Tensor]:
         for t, rows in ((p.q, ROWS), (p.k, block), (p.v, block))
     )
     dtype = gl.bfloat16 if p.q.dtype == torch.bfloat16 else gl.float16
-    (e1, s1), (e2, s2), s3 = p.order.splits
     groups = cdiv(queries, ROWS)
     looks_twice = p.causal or p.mask is not None
     flags = torch.empty(batch * heads * groups if looks_twice else 0, dtype=torch.int32, device=out.device)
@@ -155,8 +145,8 @@ def run_hopper(p: Problem, schedule: HopperSchedule) -> tuple[Tensor, Tensor]:
         hopper_kernel, (batch * heads, cdiv(queries, 2 * ROWS)),
         (*descs, mask, info.first, info.hole, info.last, out, lse, flags), (*sizes, p.scales[0]),
         (*mask_strides(p.mask), *info.strides),
-        (ROWS, block, depth, p.order.lanes, p.kind, p.causal, schedule.stages, schedule.overlap, dtype, e1, s1, e2, s2,
-         s3),
+        (ROWS, block, depth, p.order.lanes, p.kind, p.causal, schedule.stages, schedule.overlap, dtype,
+         p.order.levels),
         4, 1, maxnreg=168,
     )  # fmt: skip
     if looks_twice:

@@ -29,8 +29,11 @@ def _fold(x, ROWS: gl.constexpr, WIDTH: gl.constexpr, TO: gl.constexpr):
 
 
 @gluon.jit
-def _ends_split(stop, E1: gl.constexpr, S1: gl.constexpr, E2: gl.constexpr, S2: gl.constexpr, S3: gl.constexpr):
-    size = gl.where(stop <= E1, S1, gl.where(stop <= E2, S2, S3))
+def _ends_split(stop, SPLITS: gl.constexpr):
+    """``kernels.ends_split``."""
+    size = SPLITS[0][2]
+    for i in gl.static_range(1, len(SPLITS)):
+        size = gl.where(stop > SPLITS[i][0], SPLITS[i][2], size)
     return (stop & (size - 1)) == 0
 
 
@@ -108,7 +111,7 @@ def _consume(
     start, anchor, whole, blocks, queries, keys, heads, c, mask_ptr, first_ptr, mask_q, mask_k, irregular,
     WHICH: gl.constexpr, ROWS: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr, LANES: gl.constexpr,
     MASK: gl.constexpr, CAUSAL: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr, DTYPE: gl.constexpr,
-    E1: gl.constexpr, S1: gl.constexpr, E2: gl.constexpr, S2: gl.constexpr, S3: gl.constexpr,
+    SPLITS: gl.constexpr,
 ):  # fmt: skip
     """What one group of four warps does: ROWS queries over all their keys."""
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BN, 16])
@@ -149,7 +152,7 @@ def _consume(
             acc = warpgroup_mma(weights, v_smem.index(stage), acc, is_async=True)
             s = warpgroup_mma_wait(1, deps=[s])
             mbarrier.arrive(k_free.index(stage_k), count=1)
-            ends = _ends_split(i * BN + BN, E1, S1, E2, S2, S3)
+            ends = _ends_split(i * BN + BN, SPLITS)
             m_before = gl.where(ends, float("-inf"), m)
             w_before = gl.where(ends, 0.0, w)
             p, m_next, w_next, alpha = _weigh(
@@ -183,7 +186,7 @@ def _consume(
             s = warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), nothing, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_free.index(stage), count=1)
-            if _ends_split(i * BN, E1, S1, E2, S2, S3) and i > 0:
+            if _ends_split(i * BN, SPLITS) and i > 0:
                 if merged == 0:
                     M, W = m, _all_lanes(w, ROWS, LANES, SCORES)
                     parts.store(acc)
@@ -242,7 +245,7 @@ def hopper_kernel(
     queries, keys, heads, kv_heads, c, mask_b, mask_h, mask_q, mask_k, info_b, info_h,
     ROWS: gl.constexpr, BN: gl.constexpr, BD: gl.constexpr, LANES: gl.constexpr, MASK: gl.constexpr,
     CAUSAL: gl.constexpr, STAGES: gl.constexpr, OVERLAP: gl.constexpr, DTYPE: gl.constexpr,
-    E1: gl.constexpr, S1: gl.constexpr, E2: gl.constexpr, S2: gl.constexpr, S3: gl.constexpr,
+    SPLITS: gl.constexpr,
 ):  # fmt: skip
     """2 * ROWS queries of one head over all their keys.  Grid: (batch * heads, tiles of queries), the last first.
 
@@ -303,7 +306,7 @@ def hopper_kernel(
                 (
                     q_smem, k_smem, v_smem, o_smem, q_bar, k_ready, k_free, v_ready, v_free, out_ptr, lse_ptr,
                     flag_ptr, b, h, start, anchor, whole, blocks, queries, keys, heads, c, mask_ptr, first_ptr, mask_q,
-                    mask_k, irregular, 0, ROWS, BN, BD, LANES, MASK, CAUSAL, STAGES, OVERLAP, DTYPE, E1, S1, E2, S2, S3,
+                    mask_k, irregular, 0, ROWS, BN, BD, LANES, MASK, CAUSAL, STAGES, OVERLAP, DTYPE, SPLITS,
                 ),
             ),
             (
@@ -311,7 +314,7 @@ def hopper_kernel(
                 (
                     q_smem, k_smem, v_smem, o_smem, q_bar, k_ready, k_free, v_ready, v_free, out_ptr, lse_ptr,
                     flag_ptr, b, h, start, anchor, whole, blocks, queries, keys, heads, c, mask_ptr, first_ptr, mask_q,
-                    mask_k, irregular, 1, ROWS, BN, BD, LANES, MASK, CAUSAL, STAGES, OVERLAP, DTYPE, E1, S1, E2, S2, S3,
+                    mask_k, irregular, 1, ROWS, BN, BD, LANES, MASK, CAUSAL, STAGES, OVERLAP, DTYPE, SPLITS,
                 ),
             ),
             (

@@ -86,40 +86,40 @@ def merge(M, W, Y, m, w, acc):
 
 
 @triton.jit
-def ends_split(stop, E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr):
-    """Whether a split ends ``stop`` keys after the anchor."""
-    size = tl.where(stop <= E1, S1, tl.where(stop <= E2, S2, S3))
+def ends_split(stop, SPLITS: tl.constexpr):
+    """Whether a split ends ``stop`` keys after the anchor; SPLITS are ``order.levels``."""
+    size = SPLITS[0][2]
+    for i in tl.static_range(1, len(SPLITS)):
+        size = tl.where(stop > SPLITS[i][0], SPLITS[i][2], size)
     return (stop & (size - 1)) == 0
 
 
-@triton.jit
-def split_start(i, E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr):
-    """How far from the anchor split ``i`` starts."""
-    n1: tl.constexpr = E1 // S1
-    n2: tl.constexpr = (E2 - E1) // S2
-    return tl.where(i < n1, i * S1, tl.where(i < n1 + n2, E1 + (i - n1) * S2, E2 + (i - n1 - n2) * S3))
+@triton.constexpr_function
+def log2_of(power):
+    return power.bit_length() - 1
 
 
 @triton.jit
-def program_start(i, span, E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr):
-    """How far from the anchor the keys of program ``i`` start, if each takes ``span`` keys, but one split at least."""
-    a = tl.maximum(span, S1)
-    b = tl.maximum(span, S2)
-    n1 = E1 // a
-    n2 = (E2 - E1) // b
-    far = E2 + (i - n1 - n2) * tl.maximum(span, S3)
-    return tl.where(i < n1, i * a, tl.where(i < n1 + n2, E1 + (i - n1) * b, far))
+def split_start(i, shift, even, SPLITS: tl.constexpr):
+    """How far from the anchor split ``i`` starts; in the first ``even`` keys, ``2**shift`` keys count as one split."""
+    here = tl.minimum(i, even >> shift)
+    start = here << shift
+    left = i - here
+    for j in tl.static_range(1, len(SPLITS)):
+        here = tl.minimum(left, tl.where(even <= SPLITS[j][0], (SPLITS[j][1] - SPLITS[j][0]) // SPLITS[j][2], 0))
+        start += here * SPLITS[j][2]
+        left -= here
+    return start
 
 
 @triton.jit
-def splits_in(keys, E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr):
+def splits_in(keys, SPLITS: tl.constexpr):
     """How many splits hold ``keys`` keys from the anchor."""
-    n1: tl.constexpr = E1 // S1
-    n2: tl.constexpr = (E2 - E1) // S2
-    near = (keys + S1 - 1) // S1
-    middle = n1 + (keys - E1 + S2 - 1) // S2
-    far = n1 + n2 + (keys - E2 + S3 - 1) // S3
-    return tl.where(keys <= E1, near, tl.where(keys <= E2, middle, far))
+    count = keys * 0
+    for i in tl.static_range(len(SPLITS)):
+        here = tl.minimum(tl.maximum(keys - SPLITS[i][0], 0), SPLITS[i][1] - SPLITS[i][0])
+        count += (here + SPLITS[i][2] - 1) // SPLITS[i][2]
+    return count
 
 
 # -- Loads ------------------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def walk(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
     LANES: tl.constexpr, ALL: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, PARTS: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr,
-    E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Blocks of keys from ``start`` to ``stop``; ALL: every row sees all of them.
 
@@ -213,7 +213,7 @@ def walk(
             seen, bias = seen_and_bias(mask_row, n, query, stop, alive, mask_k, hidden, BM, BN, MASK, CAUSAL, m.dtype)
             how: tl.constexpr = "biased" if MASK == "additive" else "some"
             m, w, acc = step(q, k, v, m, w, acc, c, bias, seen, BM, BN, LANES, how)
-        if ends_split(n - anchor + BN, E1, S1, E2, S2, S3):
+        if ends_split(n - anchor + BN, SPLITS):
             if PARTS:
                 store_part(part_ptr, stats_ptr, part, splits, row_id, alive, m, w, acc, value_depth, BM, BDV, LANES)
                 part += 1
@@ -252,7 +252,7 @@ def tile_pass(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
     LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, TMA: tl.constexpr,
     STAGES: tl.constexpr, DTYPE: tl.constexpr,
-    E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """``rows`` of a tile, whose grid starts at ``anchor``, over their keys; all of them see those up to ``whole``."""
     M = tl.full([BM], float("-inf"), DTYPE)
@@ -265,12 +265,12 @@ def tile_pass(
     M, W, Y, m, w, acc, _ = walk(
         M, W, Y, m, w, acc, 0, q, k_p, v_p, b, hk, anchor, anchor, whole, k_n, v_n, depth, value_depth, c,
         mask_row, query, rows, mask_k, HIDDEN, q, q, 0, query, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK != "additive",
-        MASK, CAUSAL, False, TMA, STAGES, E1, S1, E2, S2, S3,
+        MASK, CAUSAL, False, TMA, STAGES, SPLITS,
     )  # fmt: skip
     M, W, Y, m, w, acc, _ = walk(
         M, W, Y, m, w, acc, 0, q, k_p, v_p, b, hk, anchor, whole, stop, k_n, v_n, depth, value_depth, c,
         mask_row, query, rows, mask_k, HIDDEN, q, q, 0, query, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, False,
-        MASK, CAUSAL, False, TMA, 1, E1, S1, E2, S2, S3,
+        MASK, CAUSAL, False, TMA, 1, SPLITS,
     )  # fmt: skip
     M, W, Y = merge(M, W, Y, m, fold_all(w, BM, LANES), acc)
     store_rows(M, W, Y, out_row, lse_row, BDV, value_depth, rows)
@@ -293,7 +293,7 @@ def tile_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
     LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, TMA: tl.constexpr,
     STAGES: tl.constexpr, DTYPE: tl.constexpr, FLAGGED: tl.constexpr,
-    E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """BM queries of one head over all their keys.  Grid: (batch * heads, tiles of queries), the last tile first.
 
@@ -313,7 +313,7 @@ def tile_kernel(
                         queries, keys, heads, kv_heads, c_high, c_low,
                         q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h,
                         depth, value_depth, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES,
-                        DTYPE, E1, S1, E2, S2, S3,
+                        DTYPE, SPLITS,
                     )  # fmt: skip
     else:
         one_tile(
@@ -321,7 +321,7 @@ def tile_kernel(
             hole_ptr, last_ptr, out_ptr, lse_ptr, queries, keys, heads, kv_heads, c_high, c_low,
             q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth,
             value_depth, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE,
-            E1, S1, E2, S2, S3,
+            SPLITS,
         )  # fmt: skip
 
 
@@ -333,7 +333,7 @@ def one_tile(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
     LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, TMA: tl.constexpr,
     STAGES: tl.constexpr, DTYPE: tl.constexpr,
-    E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Tile number ``tile`` of head ``bh``."""
     b = bh // heads
@@ -360,7 +360,7 @@ def one_tile(
         tile_pass(
             0, whole, stop, alive, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, query, query, mask_k,
             out_row, lse_row, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE,
-            E1, S1, E2, S2, S3,
+            SPLITS,
         )  # fmt: skip
     else:
         mask_row = mask_ptr + b64 * mask_b + h64 * mask_h + query.to(tl.int64) * mask_q
@@ -377,7 +377,7 @@ def one_tile(
             tile_pass(
                 anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query,
                 mask_k, out_row, lse_row, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES,
-                DTYPE, E1, S1, E2, S2, S3,
+                DTYPE, SPLITS,
             )  # fmt: skip
             anchor = tl.min(tl.where(first > anchor, first, keys), 0)
 

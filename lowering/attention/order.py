@@ -41,6 +41,9 @@ def order_for(dtype: torch.dtype) -> AttentionOrder:
     return AttentionOrder(torch.float64 if dtype == torch.float64 else torch.float32, block=192, lanes=32)
 
 
+_NO_END = 2**30
+
+
 @dataclass(frozen=True)
 class GpuAttentionOrder:
     """The order on a GPU, on a grid of keys counted from the row's first key (its *anchor*).
@@ -55,7 +58,7 @@ class GpuAttentionOrder:
     ``exp2(m_before - m)``, then the tensor core's chain over the block's keys.  The weights' own sum folds the block's
     halves until ``lanes`` are left, adds those to the running lanes, and folds the lanes at the split's end.
     *Splits* are merged in ascending order: ``fma(total, exp2(M - max), part * exp2(m - max))``.  A split's size is a
-    function of its first key's distance from the anchor: ``splits`` are pairs (up to this distance, this size).
+    function of its first key's distance from the anchor: ``splits`` are pairs (from this distance on, this size).
 
     A hidden key adds nothing, whatever it and its value hold.  A value of NaN or Inf in a key that the row sees makes
     that column of the row NaN.
@@ -67,7 +70,29 @@ class GpuAttentionOrder:
 
     block: int
     lanes: int
-    splits: tuple[tuple[int, int], tuple[int, int], int]
+    splits: tuple[tuple[int, int], ...]
+
+    @property
+    def levels(self) -> tuple[tuple[int, int, int], ...]:
+        """``splits`` as (from this distance on, up to this one, this size), for the kernels."""
+        ends = (*(start for start, _ in self.splits[1:]), _NO_END)
+        return tuple((start, end, size) for (start, size), end in zip(self.splits, ends, strict=True))
+
+    def split_starts(self, keys: int) -> list[int]:
+        """Where the splits of ``keys`` keys start."""
+        return [n for start, end, size in self.levels for n in range(start, min(end, keys), size)]
+
+    def num_splits(self, keys: int, span: int = 1) -> int:
+        """How many splits ``keys`` keys have, where those shorter than ``span`` keys together count as one."""
+        found = 0
+        for start, end, size in self.levels:
+            step = max(size, span)
+            found += max(-(-min(end, keys) // step) - -(-start // step), 0)
+        return found
+
+    def even_until(self, span: int) -> int:
+        """The keys up to which no split is longer than ``span`` keys."""
+        return next((start for start, _, size in self.levels if size > span), _NO_END)
 
 
 @functools.cache
@@ -80,7 +105,7 @@ def gpu_order_for(depth: int, dtype: torch.dtype) -> GpuAttentionOrder:
     else:
         block = 128 if depth <= 128 else 64
     # Small enough for one sequence with 8 heads of keys to fill the device, large enough for few to be merged.
-    return GpuAttentionOrder(block=block, lanes=8, splits=((8192, 512), (16384, 1024), 2048))
+    return GpuAttentionOrder(block=block, lanes=8, splits=((0, 256), (2048, 512), (8192, 1024), (16384, 2048)))
 
 
 HIDDEN_BELOW = {

@@ -99,11 +99,10 @@ class Problem:
     def tail(self, tma: bool, stages: int) -> tuple[Any, ...]:
         """The constants that the forward kernels end with."""
         q, v, order = self.q, self.v, self.order
-        (e1, s1), (e2, s2), s3 = order.splits
         width, value_width = self.widths
         return (
             order.block, width, value_width, width == q.shape[3], value_width == v.shape[3], order.lanes, self.kind,
-            self.causal, self.hidden, tma, stages, TYPES[q.dtype], e1, s1, e2, s2, s3,
+            self.causal, self.hidden, tma, stages, TYPES[q.dtype], order.levels,
         )  # fmt: skip
 
 

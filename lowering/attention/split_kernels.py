@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .kernels import (
     factors,
     load_queries,
-    program_start,
+    log2_of,
     scale_of,
     split_start,
     splits_in,
@@ -32,7 +32,7 @@ def split_pass(
     SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr,
     EVEN_V: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
-    E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """``rows`` of a tile over the splits from ``near`` to ``far`` keys after the anchor; each split's sums are stored.
 
@@ -42,13 +42,13 @@ def split_pass(
         tile_pass(
             anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query, mask_k,
             out_row, lse_row, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE,
-            E1, S1, E2, S2, S3,
+            SPLITS,
         )  # fmt: skip
         return
     start = anchor + near
     stop = tl.minimum(stop, anchor + far)
     if start < stop:
-        part = splits_in(near, E1, S1, E2, S2, S3)
+        part = splits_in(near, SPLITS)
         m = tl.full([BM], float("-inf"), DTYPE)
         w = tl.zeros([BM, LANES], DTYPE)
         acc = tl.zeros([BM, BDV], DTYPE)
@@ -56,29 +56,29 @@ def split_pass(
         _, _, _, m, w, acc, part = walk(
             m, m, acc, m, w, acc, part, q, k_p, v_p, b, hk, anchor, start, whole, k_n, v_n, depth, value_depth, c,
             mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, splits, row_id, BM, BN, BD, BDV, EVEN,
-            EVEN_V, LANES, MASK != "additive", MASK, CAUSAL, True, TMA, STAGES, E1, S1, E2, S2, S3,
+            EVEN_V, LANES, MASK != "additive", MASK, CAUSAL, True, TMA, STAGES, SPLITS,
         )  # fmt: skip
         _, _, _, m, w, acc, part = walk(
             m, m, acc, m, w, acc, part, q, k_p, v_p, b, hk, anchor, whole, stop, k_n, v_n, depth, value_depth, c,
             mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, splits, row_id, BM, BN, BD, BDV, EVEN,
-            EVEN_V, LANES, False, MASK, CAUSAL, True, TMA, 1, E1, S1, E2, S2, S3,
+            EVEN_V, LANES, False, MASK, CAUSAL, True, TMA, 1, SPLITS,
         )  # fmt: skip
         # Blocks that reach past ``stop`` may have ended the last split; else it is stored here.
-        if anchor + split_start(part, E1, S1, E2, S2, S3) < stop:
+        if anchor + split_start(part, log2_of(SPLITS[0][2]), SPLITS[0][1], SPLITS) < stop:
             store_part(part_ptr, stats_ptr, part, splits, row_id, rows, m, w, acc, value_depth, BM, BDV, LANES)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads", "splits", "span"])
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads", "splits", "shift", "even"])
 def split_kernel(
     q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, part_ptr, stats_ptr,
-    queries, keys, heads, kv_heads, splits, span, c_high, c_low,
+    queries, keys, heads, kv_heads, splits, shift, even, c_high, c_low,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth, value_depth,
     EARLY: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     EVEN: tl.constexpr, EVEN_V: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     HIDDEN: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
-    E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """BM rows, which are the queries of a group of heads, over the splits of ``span`` keys, but one split at least.
+    """BM rows, which are the queries of a group of heads, over the splits of ``2**shift`` keys, but one split at least.
 
     Grid: (batch * kv heads, tiles, programs that share the keys), the last keys first: their splits are the longest.
     Without SPLIT one program takes all keys, and ``part_ptr`` and ``stats_ptr`` are the output and its statistics.
@@ -89,8 +89,8 @@ def split_kernel(
     if EARLY:
         gdc_launch_dependents()
     share = tl.num_programs(2) - 1 - tl.program_id(2)
-    near = program_start(share, span, E1, S1, E2, S2, S3)
-    far = program_start(share + 1, span, E1, S1, E2, S2, S3)
+    near = split_start(share, shift, even, SPLITS)
+    far = split_start(share + 1, shift, even, SPLITS)
     bh = tl.program_id(0)
     b = bh // kv_heads
     hk = bh % kv_heads
@@ -118,7 +118,7 @@ def split_kernel(
         split_pass(
             near, far, 0, whole, stop, alive, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, query, query, mask_k,
             part_ptr, stats_ptr, splits, row_id, out_row, lse_row, SPLIT, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK,
-            CAUSAL, HIDDEN, TMA, STAGES, DTYPE, E1, S1, E2, S2, S3,
+            CAUSAL, HIDDEN, TMA, STAGES, DTYPE, SPLITS,
         )  # fmt: skip
     else:
         mask_row = mask_ptr + b64 * mask_b + h.to(tl.int64) * mask_h + query.to(tl.int64) * mask_q
@@ -136,7 +136,7 @@ def split_kernel(
             split_pass(
                 near, far, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row,
                 query, mask_k, part_ptr, stats_ptr, splits, row_id, out_row, lse_row, SPLIT, BM, BN, BD, BDV, EVEN,
-                EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE, E1, S1, E2, S2, S3,
+                EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE, SPLITS,
             )  # fmt: skip
             anchor = tl.min(tl.where(first > anchor, first, keys), 0)
 
@@ -161,7 +161,7 @@ def merge_kernel(
     queries, keys, heads, splits, info_b, info_h, value_depth,
     EARLY: tl.constexpr, BDV: tl.constexpr, AT_ONCE: tl.constexpr, AGAIN: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, DTYPE: tl.constexpr,
-    E1: tl.constexpr, S1: tl.constexpr, E2: tl.constexpr, S2: tl.constexpr, S3: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of one row in ascending order, AT_ONCE and, with AGAIN, the next that many while it does.
 
@@ -179,7 +179,7 @@ def merge_kernel(
     else:
         info = b * info_b + h * info_h + query
         seen = tl.maximum(tl.load(last_ptr + info) - tl.load(first_ptr + info), 0)
-    count = splits_in(seen, E1, S1, E2, S2, S3)
+    count = splits_in(seen, SPLITS)
     cols = tl.arange(0, BDV)
     # Numbers, not tensors of one row: the factors of such a tensor reach its columns through shared memory.
     M = tl.full([], float("-inf"), DTYPE)
@@ -203,5 +203,6 @@ def merge_kernel(
     out_row = out_ptr + ((b * queries + query) * heads + h) * value_depth + one
     lse_row = lse_ptr + row_id + one
     some = one + seen > 0
-    store_nothing(out_row, lse_row, 1, BDV, value_depth, some == 0, DTYPE)
+    if MASK != "none":
+        store_nothing(out_row, lse_row, 1, BDV, value_depth, some == 0, DTYPE)
     store_rows(one + M, one + W, Y[None, :], out_row, lse_row, BDV, value_depth, some)

@@ -160,12 +160,20 @@ def test_only_flagged_tiles_are_computed_again():
 
 def test_splits_grow_and_are_counted_alike():
     order = gpu_order_for(128, torch.bfloat16)
-    (e1, s1), (e2, s2), s3 = order.splits
-    starts = [*range(0, e1, s1), *range(e1, e2, s2), *range(e2, e2 + 3 * s3, s3)]
-    for keys in (1, s1, s1 + 1, e1, e1 + 1, e2, e2 + 1, e2 + 2 * s3):
-        assert gpu.num_splits(order, keys) == sum(start < keys for start in starts)
-        assert gpu.num_splits(order, keys, 4 * s2) == sum(start < keys for start in starts if start % (4 * s2) == 0)
-    assert all(size % order.block == 0 and size & (size - 1) == 0 for size in (s1, s2, s3))
+    (_, smallest), *_, (_, largest) = order.splits
+    for keys in (
+        1,
+        smallest,
+        smallest + 1,
+        *(start + more for start, _ in order.splits[1:] for more in (0, 1, largest)),
+    ):
+        starts = order.split_starts(keys)
+        assert order.num_splits(keys) == len(starts) and starts[-1] < keys
+        for span in (smallest, 1024, 4096):
+            assert order.num_splits(keys, span) == sum(start % span == 0 for start in starts)
+    assert all(size % order.block == 0 and size & (size - 1) == 0 for _, size in order.splits)
+    assert [order.even_until(size) for _, size in order.splits[:-1]] == [start for start, _ in order.splits[1:]]
+    assert order.even_until(largest) > 2**20
 
 
 def test_programs_share_the_splits_of_a_row_in_any_way():
@@ -180,10 +188,11 @@ def test_programs_share_the_splits_of_a_row_in_any_way():
 
 def test_spans_follow_the_number_of_programs():
     order = gpu_order_for(128, torch.bfloat16)
-    assert share(4, 8, False, order, 132) == (512, "few")
-    assert share(64, 8, False, order, 132) == (2048, "few")
-    assert share(4, 128, False, order, 132) == (0, "few")
-    assert share(64, 8, True, order, 132) == (512, "some")
+    assert share(8, 8, False, order, 132) == (256, "few")
+    assert share(32, 8, False, order, 132) == (512, "few")
+    assert share(128, 8, False, order, 132) == (2048, "few")
+    assert share(8, 128, False, order, 132) == (0, "few")
+    assert share(128, 8, True, order, 132) == (256, "some")
     assert share(1, 8, True, order, 132)[0] == 0
 
 

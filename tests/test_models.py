@@ -8,6 +8,7 @@ in few of them.  ``-k llama`` or ``-k vit`` selects a model.
 from __future__ import annotations
 
 import datetime
+import itertools
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import bicompile
 from bicompile.errors import BatchInvarianceError
 from bicompile.testing import assert_batch_invariant, same_bits
+from bicompile.testing.trials import BatchInvariance
 
 pytest.importorskip("transformers")
 
@@ -27,6 +29,8 @@ COMPANY = (*STATIC, "sub-batch", "autograd")
 # A row alone makes two graphs of its own, with gradients: each day for another model, besides the ordinary block.
 OTHERS = sorted(MODELS.keys() - {"ordinary"})
 ALONE_TODAY = ("ordinary", OTHERS[datetime.date.today().toordinal() % len(OTHERS)])
+
+ALTERNATELY = dict(zip(MODELS, itertools.cycle((torch.float32, torch.bfloat16)), strict=False))
 
 
 def compile_it(module: nn.Module, dynamic: bool | None = None) -> nn.Module:
@@ -50,6 +54,17 @@ def test_rows_and_their_gradients_keep_their_bits_in_eager(model: Model, dtype: 
     module, x = model.module(dtype), model.rows(4, dtype)
     with bicompile.eager(allow=["aten.randn"]):  # the gradient that the check sends back
         assert_batch_invariant(module, x, check_input_grad=True, situations=COMPANY)
+
+
+@every_model
+def test_gradients_of_inputs_keep_their_bits_in_any_batch_that_is_drawn(
+    model: Model, batch_invariance: BatchInvariance
+):
+    """Other rows, rows twice, in any order, beside hostile ones, anywhere in memory, on any number of threads."""
+    dtype = ALTERNATELY[model.name]
+    module, x = model.module(dtype), model.rows(4, dtype)
+    with bicompile.eager(allow=["aten.randn", "aten.randint"]):  # values and gradients that the check draws
+        batch_invariance.check(module, x, check_input_grad=True)
 
 
 @pytest.mark.parametrize(
@@ -78,8 +93,13 @@ def test_rows_of_an_ordinary_block_keep_their_bits_in_training():
 
 
 @every_model
-def test_rows_keep_their_bits_in_bfloat16_with_dynamic_shapes(model: Model, monkeypatch: pytest.MonkeyPatch):
-    """Forward and input gradient, which are those of eager code; the ordinary block's and another's also alone."""
+def test_rows_keep_their_bits_in_bfloat16_with_dynamic_shapes(
+    model: Model, monkeypatch: pytest.MonkeyPatch, batch_invariance: BatchInvariance
+):
+    """Forward and input gradient, which are those of eager code; the ordinary block's and another's also alone.
+
+    And in batches that are drawn, of 2 rows or more: these are of one graph.
+    """
     module, x = model.module(torch.bfloat16), model.rows(4, torch.bfloat16)
     compiled = compile_it(module, dynamic=True)
     situations = (*DYNAMIC, "alone") if model.name in ALONE_TODAY else DYNAMIC
@@ -87,6 +107,7 @@ def test_rows_keep_their_bits_in_bfloat16_with_dynamic_shapes(model: Model, monk
     # them: another function, whose gradients of the keys are rounded more often.
     monkeypatch.setattr("transformers.integrations.sdpa_attention.use_gqa_in_sdpa", lambda *args, **kwargs: False)
     assert_batch_invariant(compiled, x, check_input_grad=True, situations=situations)
+    batch_invariance.check(compiled, x, check_input_grad=True, min_rows=2)
     found = value_and_gradients(compiled, x)
     with bicompile.eager():
         assert same_bits(found, value_and_gradients(module, x))

@@ -95,6 +95,17 @@ def test_padding_is_tried_where_the_sequence_is_named():
     assert sum(trial.padding) == 1 and len(trial.rows) == len(trial.order) == 1
 
 
+def test_batches_have_as_many_rows_as_are_asked_for():
+    sizes = set()
+
+    def seen(x: Tensor) -> Tensor:
+        sizes.add(len(x))
+        return x
+
+    search(seen, rows(), min_rows=2, max_rows=4, max_examples=60)
+    assert sizes == {2, 3, 4}
+
+
 def test_gradients_are_compared_if_asked_for():
     search(Doubles.apply, rows(), max_examples=30)
     found(Doubles.apply, rows(), check_input_grad=True)
@@ -114,6 +125,8 @@ def test_inputs_may_be_nested_and_sizes_that_hold_no_rows_are_not_taken_for_batc
 def test_what_cannot_be_searched_is_refused():
     with pytest.raises(ValueError, match="output of size 3"):
         search(lambda x: x.sum(), rows())
+    with pytest.raises(ValueError, match="expected a batch size from 4 to 3"):
+        search(torch.abs, rows(), min_rows=4, max_rows=3)
     with pytest.raises(ValueError, match="expected seq_dim to be a dim"):
         search(torch.abs, rows(), seq_dim=2)
 

@@ -35,6 +35,7 @@ def search(
     seq_dim: int | None = None,
     check_input_grad: bool = False,
     new_values: bool = True,
+    min_rows: int = 1,
     max_rows: int = 8,
     max_examples: int | None = None,
     seed: int | None = None,
@@ -60,7 +61,7 @@ def search(
             of the inputs must be the mask by which ``fn`` tells padding, and one the positions if it uses any.
         check_input_grad: compare the gradients of batched floating-point inputs too.
         new_values: also draw the values of batched floating-point inputs, over many binades.
-        max_rows: the most rows in a batch.
+        min_rows, max_rows: the fewest and the most rows in a batch; from 2 on, no graph is compiled for a row alone.
         max_examples: how many trials; Hypothesis's current setting, or 20 of it where ``fn`` is compiled.
         seed: of the trials; else the current Hypothesis profile decides.
         trial: run this one alone.
@@ -90,7 +91,7 @@ def search(
     @given(
         drawn=trials(
             subject.num_rows,
-            subject.sizes(max_rows),
+            subject.sizes(min_rows, max_rows),
             floats=subject.floats,
             new_values=new_values,
             compiled=subject.is_compiled,
@@ -202,9 +203,15 @@ class _Subject:
                 if id(t) in self.batched and t.dim() > seq_dim and t.shape[seq_dim] == self.length
             }
 
-    def sizes(self, max_rows: int) -> list[int]:
+    def sizes(self, min_rows: int, max_rows: int) -> list[int]:
         """The batch sizes that a trial may have."""
-        return [n for n in range(1, max_rows + 1) if n not in self.taken]
+        found = [n for n in range(min_rows, max_rows + 1) if n not in self.taken]
+        if not found:
+            raise ValueError(
+                f"search({self.name}): expected a batch size from {min_rows} to {max_rows}, and there is none that no "
+                "other tensor has; give others"
+            )
+        return found
 
     def run(self, trial: Trial) -> None:
         """Run both batches of ``trial`` and compare.

@@ -20,6 +20,7 @@ from torch.fx import Node
 from bicompile.lowering.samples.op import SAMPLE_DIMS, TRANSFORMS
 
 from .rewriting import arguments
+from .segments import segment_length
 
 aten = torch.ops.aten
 
@@ -111,9 +112,13 @@ def _keys_and_queries(args: dict[str, Any]) -> list[Any]:
 
 
 def _scattered(args: dict[str, Any]) -> list[Any]:
-    """Contributions meet along the scattered dim only."""
-    source = args.get("src") or args.get("source")
-    return [_shape(source)[args["dim"]]] if _shape(source) else []
+    """Contributions meet along the scattered dim only; where each row goes to a destination of its own, in the row."""
+    source, dim = args.get("src") or args.get("source"), args["dim"]
+    if not _shape(source):
+        return []
+    positions = _shape(source)[dim]
+    length = segment_length(args["index"], _operand(args)[dim], positions, dim)
+    return [positions if length is None else length]
 
 
 def _indexed(args: dict[str, Any]) -> list[Any]:

@@ -43,6 +43,7 @@ from .op_classes import (
     is_random,
     op_name,
 )
+from .rewriting import arguments
 
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -65,7 +66,7 @@ class CertifiedNode:
         module: the innermost ``nn.Module`` that it belongs to, as ``layers.0.norm (LayerNorm)``, where there is one.
         extent: for ``lowered`` and ``cross-batch``, the sizes over which one output element combines input elements.
         symbols: the symbols in ``extent``.  An order is made of op, dtype and extent: it can follow nothing else.
-        operand: the dtype of the first tensor that the node takes.
+        operand: the dtype of what the node combines: as a rule, of the first tensor that it takes.
         device: where the result is.
     """
 
@@ -146,7 +147,7 @@ def certify_node(node: Node, certification: Certification) -> CertifiedNode:
     else:
         kind, reason = "refused", _reason(node)
     val = next(_tensors(node), None)
-    operand = next((leaf for source in node.all_input_nodes for leaf in _tensors(source)), None)
+    operand = _operand(node)
     extent = (reduced_extent(node) or []) if kind in ("lowered", "cross-batch") else []
     return CertifiedNode(
         name=node.name,
@@ -200,6 +201,14 @@ def module_path(node: Node) -> str:
     path = path.partition(".")[2]  # its first part is the name that Dynamo has for what was compiled
     name = kind if isinstance(kind, str) else kind.__name__
     return f"{path} ({name})" if path else name
+
+
+def _operand(node: Node) -> Tensor | None:
+    """The first tensor that the node takes; of the gradients of a loss, that which its products are made of."""
+    sources = list(node.all_input_nodes)
+    if isinstance(node.target, OpOverload) and isinstance(hidden := arguments(node).get("hidden"), Node):
+        sources.insert(0, hidden)
+    return next((leaf for source in sources for leaf in _tensors(source)), None)
 
 
 def _tensors(node: Node) -> Iterator[Tensor]:

@@ -96,6 +96,26 @@ def test_what_comes_from_the_user_is_escaped_and_nothing_is_loaded(refused: Cert
         assert not re.search(r"<script|<img|<link|<iframe|\son\w+=\"|url\(|@import|(src|href)=\"(?!#)", html)
 
 
+def test_a_loss_without_scores_follows_the_orders_of_its_products_and_of_its_softmax():
+    weight, target = torch.randn(300, 16, requires_grad=True), torch.arange(9)
+    hidden = torch.randn(9, 16, requires_grad=True)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return bicompile.linear_cross_entropy(hidden, weight, target, reduction="none")
+
+    found = bicompile.explain(loss, hidden.bfloat16(), weight.bfloat16())
+    orders, number = orders_of(found)
+    followed = {short_name(node.op): {orders[i].title for i in which} for node, which in number.items()}
+    product, softmax = "Matrix product, bfloat16, CPU", "Reduction over a row, bfloat16, CPU"
+    assert followed["linear_log_probability"] == {product, softmax}
+    assert followed["linear_log_probability_backward"] == {product}
+    page = found.to_html()
+    assert "its order 1</a>" in page and "its order 2</a>" in page
+    (products,) = [order for order in orders if order.title == product]
+    (sums,) = [order for order in orders if order.title == softmax]
+    assert {16, 300} <= products.pictures[0].lengths.keys() and 300 in sums.pictures[0].lengths
+
+
 def test_a_certificate_without_nodes_is_a_page_too():
     page = Certificate(graphs=()).to_html()
     assert "Batch-invariant" in page and "batch size is fixed" in page.lower()

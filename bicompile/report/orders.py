@@ -43,6 +43,14 @@ _TITLES = {
 }
 
 
+# Ops that are made of others: of which, and which of the node's sizes each of these combines.
+_MADE_OF = {
+    "linear_log_probability": {"mm": slice(0, 1), "log_probability": slice(1, 2)},
+    # For its rows where the weight is differentiated too.
+    "linear_log_probability_backward": {"mm": slice(None)},
+}
+
+
 @dataclass(frozen=True)
 class Picture:
     """One tree of an order: of what sum, drawn, and in words for each length that occurs."""
@@ -67,29 +75,35 @@ class Described:
     nodes: int
 
 
-def orders_of(certificate: Certificate) -> tuple[list[Described], dict[CertifiedNode, int]]:
+def orders_of(certificate: Certificate) -> tuple[list[Described], dict[CertifiedNode, list[int]]]:
     """Every distinct order of ``certificate``, and which of them each node follows."""
-    followers: dict[tuple[Any, str, str], list[CertifiedNode]] = {}
+    followers: dict[tuple[Any, str, str], list[tuple[CertifiedNode, list[int]]]] = {}
+    number: dict[CertifiedNode, list[int]] = {}
     for node in [*certificate.lowered, *certificate.cross_batch]:
-        if (order := order_of(node)) is not None:
-            followers.setdefault((order, node.operand, node.device), []).append(node)
-    number = {node: i for i, nodes in enumerate(followers.values()) for node in nodes}
-    return [_described(order, dtype, device, nodes) for (order, dtype, device), nodes in followers.items()], number
+        for order, lengths in followed(node):
+            key = (order, node.operand, node.device)
+            followers.setdefault(key, []).append((node, lengths))
+            number.setdefault(node, []).append(list(followers).index(key))
+    return [_described(*key, found) for key, found in followers.items()], number
 
 
-def order_of(node: CertifiedNode) -> Any:
-    """What the lowering declares for ``node``, whatever its length; None where nothing is added."""
-    attends = short_name(node.op).startswith("sdpa")
-    length = int(node.extent[1]) if attends else 0  # the depth of the heads, which sizes blocks on a GPU
-    return declared_order(short_name(node.op), length, getattr(torch, node.operand), node.device)
+def followed(node: CertifiedNode) -> list[tuple[Any, list[int]]]:
+    """The orders that are declared for ``node``, each with the lengths, where they are numbers, of its sums.
 
-
-def lengths_of(node: CertifiedNode) -> list[int]:
-    """How many elements are combined, where that is a number; attention has several sums, each of a length."""
-    if not node.extent or not all(size.isdecimal() for size in node.extent):
-        return []
-    sizes = [int(size) for size in node.extent]
-    return sizes if short_name(node.op).startswith("sdpa") else [math.prod(sizes)]
+    None where nothing is added; an order of its own for each op that an op is made of.
+    """
+    op, sizes = short_name(node.op), [int(size) if size.isdecimal() else 0 for size in node.extent]
+    attends = op.startswith("sdpa")
+    depth = sizes[1] if attends else 0  # which sizes blocks on a GPU; other orders are asked for whatever the length
+    if parts := _MADE_OF.get(op):
+        sums = {part: sizes[which] for part, which in parts.items()}
+    else:
+        sums = {op: sizes if attends else [math.prod(sizes)] if sizes else []}
+    found = [
+        (declared_order(part, depth, getattr(torch, node.operand), node.device), lengths)
+        for part, lengths in sums.items()
+    ]
+    return [(order, [n for n in lengths if n]) for order, lengths in found if order is not None]
 
 
 def short_name(op: str) -> str:
@@ -97,13 +111,13 @@ def short_name(op: str) -> str:
     return op.split(".")[1] if "." in op else op
 
 
-def _described(order: Any, dtype: str, device: str, nodes: list[CertifiedNode]) -> Described:
+def _described(order: Any, dtype: str, device: str, followers: list[tuple[CertifiedNode, list[int]]]) -> Described:
     kind = type(order).__name__
     title = _TITLES[kind.removeprefix("Gpu")]
     parameters = {f.name: getattr(order, f.name) for f in dataclasses.fields(order) if f.name != "length"}
     small = _SMALL.get(kind, {})
     count = _SUMMANDS.get(kind, _USUAL_SUMMANDS)
-    lengths = sorted({n for node in nodes for n in lengths_of(node) if 0 < n <= _LONGEST})
+    lengths = sorted({n for _, sizes in followers for n in sizes if n <= _LONGEST})
     drawn = declared_trees(dataclasses.replace(order, **small), count)
     written = {n: declared_trees(order, n) for n in lengths}
     return Described(
@@ -115,8 +129,8 @@ def _described(order: Any, dtype: str, device: str, nodes: list[CertifiedNode]) 
             Picture(what, drawing_of(tree), count, str(tree), {n: str(trees[what]) for n, trees in written.items()})
             for what, tree in drawn.items()
         ],
-        ops=sorted({short_name(node.op) for node in nodes}),
-        nodes=len(nodes),
+        ops=sorted({short_name(node.op) for node, _ in followers}),
+        nodes=len(followers),
     )
 
 

@@ -50,7 +50,7 @@ class Row:
     place: str
     file: str
     code: str
-    order: int | None
+    orders: list[int]
     anchor: str
 
 
@@ -104,7 +104,9 @@ def _counts(nodes: tuple[CertifiedNode, ...]) -> list[tuple[str, int]]:
     return [(kind.name, found[kind.name]) for kind in KINDS if found[kind.name]]  # type: ignore[index]
 
 
-def _stretches(nodes: tuple[CertifiedNode, ...], number: dict[CertifiedNode, int], graph: str) -> Iterator[Stretch]:
+def _stretches(
+    nodes: tuple[CertifiedNode, ...], number: dict[CertifiedNode, list[int]], graph: str
+) -> Iterator[Stretch]:
     rows = [_row(node, number, f"n{graph}-{i}") for i, node in enumerate(nodes)]
     for quiet, run in itertools.groupby(rows, key=lambda row: row.node.kind in _QUIET):
         if quiet:
@@ -113,7 +115,7 @@ def _stretches(nodes: tuple[CertifiedNode, ...], number: dict[CertifiedNode, int
             yield from (Stretch([row]) for row in run)
 
 
-def _row(node: CertifiedNode, number: dict[CertifiedNode, int], anchor: str) -> Row:
+def _row(node: CertifiedNode, number: dict[CertifiedNode, list[int]], anchor: str) -> Row:
     place, code = _source(node.source)
     return Row(
         node=node,
@@ -122,7 +124,7 @@ def _row(node: CertifiedNode, number: dict[CertifiedNode, int], anchor: str) -> 
         place=place,
         file=node.source,
         code=code,
-        order=number.get(node),
+        orders=number.get(node, []),
         anchor=anchor,
     )
 

@@ -33,7 +33,7 @@ _SCANS = ("cumsum", "cumprod", "logcumsumexp")
 _SCATTERS = ("index_add", "scatter_add", "scatter_reduce", "index_put_accumulate", "embedding_dense_backward")
 _REDUCTIONS = (
     *("sum", "mean", "prod", "var", "vector_norm", "logsumexp", "sum_square", "mean_square", "softmax"),
-    *("softmax_backward", "softmax_statistics", "rms_norm"),
+    *("softmax_backward", "softmax_statistics", "log_probability", "rms_norm"),
     *(f"{kind}_norm{part}" for kind in ("layer", "group") for part in ("", "_backward", "_backward_params")),
 )
 

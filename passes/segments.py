@@ -59,8 +59,8 @@ def _progression(node: Any) -> tuple[Any, Any] | None:
     """Number and step of the integers 0, step, 2 * step, ... that a node makes; None for other nodes."""
     if not isinstance(node, Node) or node.target is not prims.iota.default or node.kwargs.get("start") != 0:
         return None
-    number, step = node.args[0], node.kwargs["step"]
-    return tuple(value.meta["val"] if isinstance(value, Node) else value for value in (number, step))  # type: ignore[return-value]
+    number, step = (v.meta["val"] if isinstance(v, Node) else v for v in (node.args[0], node.kwargs["step"]))
+    return number, step
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -343,7 +343,7 @@ def trees_of_attention(n: int, depth: int, dtype: torch.dtype) -> dict[str, Summ
 )
 def test_attention_adds_values_and_weights_as_declared_under_every_schedule(schedule: Any):
     dtype = torch.bfloat16
-    n = 1024  # two splits; 1 / n is exact
+    n = 1024  # several splits; 1 / n is exact
     found = tree_in_batch(lambda x: values_under(schedule, x), n, 2, dtype, DEVICE)
     declared = trees_of_attention(n, 64, dtype)
     assert_refined(declared["weighted values"], found, f"values, {schedule}", exactly=_is_hopper())

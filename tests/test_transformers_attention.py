@@ -239,11 +239,17 @@ def test_name_is_known_when_transformers_was_first():
     assert _python(code + CHECK) == "batch_invariant True"
 
 
-def test_models_with_attention_of_their_own_do_not_take_the_name():
-    """They would add a boolean mask to their scores."""
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 20, "intermediate_size": 40}
-    config = transformers.MPNetConfig(**sizes, num_attention_heads=4)
-    assert transformers.MPNetModel(config) is not None
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 20}
+OF_THEIR_OWN = {  # the first would add a boolean mask to its scores, the second has no class by our name
+    "MPNetModel": lambda: transformers.MPNetConfig(**SIZES, intermediate_size=40),
+    "FalconModel": lambda: transformers.FalconConfig(**SIZES),
+}
+
+
+@pytest.mark.parametrize("kind", OF_THEIR_OWN)
+def test_models_with_attention_of_their_own_do_not_take_the_name(kind: str):
+    config, model = OF_THEIR_OWN[kind](), getattr(transformers, kind)
+    assert model(config) is not None
     config._attn_implementation = "batch_invariant"
-    with pytest.raises(ValueError, match="MPNetModel computes attention, if any, in code of its own"):
-        transformers.MPNetModel(config)
+    with pytest.raises(ValueError, match=f"{kind} computes attention, if any, in code of its own"):
+        model(config)

@@ -48,7 +48,7 @@ def _check_models(base: Any) -> None:
     @functools.wraps(check)
     def checked(self: Any, requested_attention: str | None, *args: Any, **kwargs: Any) -> str:
         ours = requested_attention is not None and requested_attention.rpartition("|")[2] == NAME
-        if ours and not (self._supports_sdpa or self._supports_attention_backend):
+        if ours and _has_attention_of_its_own(self):
             raise ValueError(
                 f"{type(self).__name__} computes attention, if any, in code of its own, which knows no implementation "
                 f'called "{NAME}". Leave attn_implementation out: torch.compile(backend="batch_invariant") and '
@@ -57,6 +57,15 @@ def _check_models(base: Any) -> None:
         return check(self, requested_attention, *args, **kwargs)
 
     base.get_correct_attn_implementation = checked
+
+
+def _has_attention_of_its_own(model: Any) -> bool:
+    """Whether it does not ask transformers' table: it has no other attention, or a table of classes (Falcon)."""
+    if model._supports_attention_backend:
+        return False
+    homes = [sys.modules[kind.__module__] for kind in type(model).__mro__]
+    own_table = any(name.endswith("ATTENTION_CLASSES") for home in homes for name in vars(home))
+    return own_table or not model._supports_sdpa
 
 
 def register_on_import() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor.decomposition import cat as _stock_cat
 from torch._inductor.decomposition import select_decomp_table
 from torch._ops import OpOverload, OpOverloadPacket
 
@@ -200,7 +201,7 @@ def _native_attention(
     need_weights: bool = True,
     average_attn_weights: bool = True,
     mask_type: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """``nn.MultiheadAttention``'s fused inference path, which PyTorch takes for self-attention without weights."""
     if query is not key or key is not value:
         raise UnsupportedOpError(
@@ -209,7 +210,7 @@ def _native_attention(
         )
     if not need_weights:
         y = _self_attention(query, embed_dim, num_head, qkv_weight, qkv_bias, proj_weight, proj_bias, mask, mask_type)
-        return y, query.new_empty(0)
+        return y, None  # as PyTorch's
     batch, length = query.shape[0], query.shape[1]
     q, k, v = _heads_of(F.linear(query, qkv_weight, qkv_bias), num_head)
     scores = (q * math.sqrt(1.0 / q.shape[-1])) @ k.transpose(2, 3)
@@ -223,6 +224,17 @@ def _native_attention(
 def _never_left_aligned(x: Tensor, mask: Tensor) -> bool:
     """``nn.TransformerEncoder`` then keeps its padded batch instead of making a nested tensor of it."""
     return False
+
+
+def _cat(tensors: list[Tensor], dim: int = 0) -> Any:
+    """What is left beside empty tensors comes out as PyTorch lays it out, where Inductor's form keeps its own strides.
+
+    Keys that are appended to an empty cache would come back transposed, and the next step be compiled for them alone.
+    """
+    if len(tensors) == 1:
+        return NotImplemented
+    joined = _stock_cat(tensors, dim)
+    return joined if joined is NotImplemented else aten.cat.default([joined], dim)
 
 
 def _first_extremum(arg: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -277,6 +289,7 @@ _NORMAL_FORMS: dict[OpOverload, Callable[..., Any]] = {
     aten.addbmm.default: _addbmm,
     aten.max.dim: _first_extremum(torch.argmax),
     aten.min.dim: _first_extremum(torch.argmin),
+    aten.cat.default: _cat,
     aten.glu.default: _glu,
     aten._efficientzerotensor.default: aten.zeros.default,  # which second derivatives hold
     torch.ops.bicompile.log_probability.default: log_probability,

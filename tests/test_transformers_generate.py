@@ -11,10 +11,15 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch.fx import GraphModule
 from transformers_zoo import CAUSAL, Causal, t5, tokens
 
 import bicompile
+from bicompile.backend import compile_graph
+from bicompile.config import parse_options
+from bicompile.passes.certify import Certification
 from bicompile.sampling import SeededSampler
 from bicompile.testing import same_bits
 from bicompile.transformers import cover, seed_requests
@@ -203,18 +208,46 @@ def test_paged_attention_outside_of_generate_batch_says_what_to_do():
 # Compiled.
 
 
-def test_compiled_decode_steps_equal_eager_ones():
+GRAPHS = {
+    # Batches (which prompts, new tokens), and the graphs that there are after each.
+    "llama": ([(MIXED, 4), ((0, 1, 2, 2, 1), 6), ((2,), 4), ((0,), 4)], [2, 2, 4, 4]),
+    # Its window fills in the first batch, and is shorter than the prompts of the second.
+    "mistral": ([((0, 0, 0), 9), (MIXED, 4)], [5, 6]),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_of_a_growing_cache_are_few(name: str):
+    """A prefill's keys come out as a step's do, so all steps share a graph.  Dynamo compiles for sizes of 1 apart.
+
+    The graphs are made and not compiled.
+    """
+
+    def traced(gm: GraphModule, inputs: Sequence[Any]) -> Any:
+        options = parse_options(None, None)
+        return compile_graph(gm, inputs, options, Certification(), lambda gm, _, **__: make_boxed_func(gm.forward))
+
+    module, compiles = CAUSAL[name].build(), torch._dynamo.utils.counters["stats"]
+    module.forward = torch.compile(module.forward, backend=traced, dynamic=True)
+    (batches, expected), before, graphs = GRAPHS[name], compiles["unique_graphs"], []
+    for rows, new_tokens in batches:
+        _answers(module, rows, max_new_tokens=new_tokens)
+        graphs.append(compiles["unique_graphs"] - before)
+    assert graphs == expected
+
+
+def test_one_graph_serves_the_decode_steps_of_every_batch_with_a_static_cache():
     """With ``compile_config``, generate compiles the decode steps only: ``cover`` sees to the prefill."""
-    module = CAUSAL["llama"].build()
-    with bicompile.eager():
-        alone = _alone(module)
-    settings = transformers.CompileConfig(backend="batch_invariant")
+    module, compiles = cover(CAUSAL["llama"].build()), torch._dynamo.utils.counters["stats"]
+    settings = transformers.CompileConfig(backend="batch_invariant", dynamic=True)
     settings._compile_all_devices = True  # by default it skips the CPU
-    compiles = torch._dynamo.utils.counters["stats"]
-    before = compiles["unique_graphs"]
-    answers = _answers(cover(module), MIXED, 3, cache_implementation="static", compile_config=settings)
-    assert compiles["unique_graphs"] > before
-    _assert_as_alone(answers, alone, MIXED)
+    alone = _alone(module, max_new_tokens=4)
+    before, graphs = compiles["unique_graphs"], []
+    for rows, padding in ((MIXED, 0), ((0, 1, 2, 2, 1), 3), ((2,), 0), ((1, 0), 40)):
+        how = {"cache_implementation": "static", "compile_config": settings, "max_new_tokens": 4}
+        _assert_as_alone(_answers(module, rows, padding, **how), alone, rows)
+        graphs.append(compiles["unique_graphs"] - before)
+    assert graphs == [1, 1, 2, 2]
 
 
 def test_covering_twice_changes_nothing_and_gradients_flow():

@@ -116,6 +116,8 @@ class _LoweringMode(InterceptingMode):
                 return func(*args, **kwargs)
             with no_python_dispatcher():  # a thread that communicates would have it, and wait for this one
                 return func(*args, **kwargs)
+        if any(x.is_nested for x in tensors):
+            return self._refuse(func, args, kwargs)
         if (target := _functional(func)) is not None:
             return self._mutate(func, target, args, kwargs)
         if (result := _lowered(func, args, kwargs)) is not None:
@@ -150,10 +152,13 @@ class _LoweringMode(InterceptingMode):
 
     def _refuse(self, func: OpOverload | HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._allow & {op_name(func), str(func)}:
-            shapes = [tuple(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            nested = any(x.is_nested for x in tensors)
+            advice = "Pad the nested tensor and mask the padding" if nested else "Rewrite it with supported ops"
             message = (
-                f"{func}: no batch-invariant form of this op is known; it got tensors of shapes {shapes}. Rewrite it "
-                f"with supported ops, or take responsibility for it with bicompile.eager(allow=[{op_name(func)!r}])."
+                f"{func}: no batch-invariant form of this op is known; it got tensors of shapes "
+                f"{[tuple(x.shape) for x in tensors]}. {advice}, or take responsibility for it with "
+                f"bicompile.eager(allow=[{op_name(func)!r}])."
             )
             if self._on_refused == "error":
                 raise UnsupportedOpError(message)

@@ -1,4 +1,4 @@
-"""Attention: a row's bits depend on the row, the keys that it sees, and nothing else."""
+"""The attention op: a row's bits depend on the row, the keys that it sees, and nothing else; forward and backward."""
 
 from __future__ import annotations
 
@@ -7,64 +7,16 @@ import math
 
 import pytest
 import torch
-import torch._dynamo.testing
 import torch.nn.functional as F
+from attention_cases import DTYPES, causal_mask, every_dtype, gradients, inputs, ops, pad_left, sdpa, values
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bicompile.errors import UnsupportedOpError
 from bicompile.lowering.attention import reference
-from bicompile.lowering.attention.op import scaled_dot_product_attention
 from bicompile.lowering.attention.order import order_for
 from bicompile.testing import same_bits
 from bicompile.testing.layouts import LAYOUTS, lay_out
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-ops = torch.ops.bicompile
-
-
-def values(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
-    """Values over many binades, so that the order of additions shows."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=g, dtype=torch.float64)
-    return (x * torch.exp(torch.randn(shape, generator=g, dtype=torch.float64))).to(dtype)
-
-
-def inputs(
-    dtype: torch.dtype, seed: int = 0, *, batch: int = 2, heads: int = 6, kv_heads: int = 2, queries: int = 40,
-    keys: int = 400, depth: int = 24, value_depth: int = 24,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    q = values((batch, heads, queries, depth), dtype, seed)
-    k = values((batch, kv_heads, keys, depth), dtype, seed + 1)
-    return q, k, values((batch, kv_heads, keys, value_depth), dtype, seed + 2)
-
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> tuple[Tensor, Tensor]:
-    out, lse = ops.sdpa(q, k, v, mask, causal, 0.2)
-    return out, lse
-
-
-def gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False
-) -> tuple[Tensor, ...]:
-    """dq, dk, dv and, for a floating-point mask, dmask."""
-    out, lse = sdpa(q, k, v, mask, causal=causal)
-    wanted = mask is not None and mask.dtype != torch.bool
-    found = ops.sdpa_backward(grad, q, k, v, mask, out, lse, causal, 0.2, wanted)
-    return found if wanted else found[:3]
-
-
-def causal_mask(queries: int, keys: int) -> Tensor:
-    """Queries are the last ones of ``keys``."""
-    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-
-
-def pad_left(t: Tensor, count: int, value: float) -> Tensor:
-    return F.pad(t, (0, 0, count, 0), value=value)
-
 
 # --- the order ---------------------------------------------------------------------------------------------------
 
@@ -345,157 +297,6 @@ def test_weight_of_zero_hides_a_value(dtype: torch.dtype):
     seen = far == 0
     assert same_bits(sdpa(q, k, v, far), sdpa(q, k, v, seen))
     assert not sdpa(q, k, v, far)[0].isnan().any()
-
-
-# --- the function ----------------------------------------------------------------------------------------------------
-
-
-def randn(*shape: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-FORMS = {
-    "2-D": ((5, 4), (7, 4), (7, 3), {}),
-    "3-D": ((2, 5, 4), (2, 7, 4), (2, 7, 3), {}),
-    "3-D with one key batch": ((2, 5, 4), (1, 7, 4), (1, 7, 3), {}),
-    "3-D, mask of the batch": ((2, 5, 4), (2, 7, 4), (2, 7, 3), {"attn_mask": randn(2, 5, 7)}),
-    "mask of the keys": ((2, 5, 4), (2, 7, 4), (2, 7, 3), {"attn_mask": randn(7)}),
-    "one key batch": ((2, 3, 5, 4), (1, 3, 7, 4), (2, 3, 7, 3), {}),
-    "one key head": ((2, 3, 5, 4), (2, 1, 7, 4), (2, 1, 7, 3), {}),
-    "5-D causal": ((6, 2, 3, 5, 4), (6, 2, 3, 7, 4), (6, 2, 3, 7, 3), {"is_causal": True}),
-    "5-D, broadcast": ((6, 2, 3, 5, 4), (1, 2, 3, 7, 4), (6, 2, 3, 7, 3), {"attn_mask": randn(6, 1, 1, 5, 7)}),
-    "no queries": ((2, 3, 0, 4), (2, 3, 7, 4), (2, 3, 7, 3), {}),
-    "no keys": ((2, 3, 5, 4), (2, 3, 0, 4), (2, 3, 0, 3), {}),
-    "no batch": ((0, 3, 5, 4), (0, 3, 7, 4), (0, 3, 7, 3), {}),
-    "no heads": ((2, 0, 5, 4), (2, 0, 7, 4), (2, 0, 7, 3), {}),
-    "no depth": ((2, 3, 5, 0), (2, 3, 7, 0), (2, 3, 7, 3), {}),
-    "groups": ((2, 6, 5, 4), (2, 2, 7, 4), (2, 2, 7, 3), {"enable_gqa": True}),
-    "groups of two sizes": ((2, 6, 5, 4), (2, 2, 7, 4), (2, 3, 7, 3), {"enable_gqa": True}),
-    "scale": ((2, 6, 5, 4), (2, 6, 7, 4), (2, 6, 7, 3), {"scale": 0.3}),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_function_takes_every_form_that_torch_takes(form: str):
-    *shapes, options = FORMS[form]
-    q, k, v = (randn(*shape) for shape in shapes)
-    expected = F.scaled_dot_product_attention(q, k, v, **options)
-    found = scaled_dot_product_attention(q, k, v, **options)
-    torch.testing.assert_close(found, expected)
-    with FakeTensorMode() as mode:
-        q, k, v = (mode.from_tensor(t) for t in (q, k, v))
-        options = {key: mode.from_tensor(o) if isinstance(o, Tensor) else o for key, o in options.items()}
-        fake = scaled_dot_product_attention(q, k, v, **options)
-    assert (fake.shape, fake.dtype) == (found.shape, found.dtype)
-    assert fake.numel() == 0 or fake.stride() == found.stride()
-
-
-def test_one_graph_serves_every_batch_and_length():
-    """Trap 12: the function branches on no size that may change between calls."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(scaled_dot_product_attention, backend=counter, fullgraph=True, dynamic=True)
-    frames = []
-    for batch, length in ((4, 9), (3, 7), (7, 300)):
-        q, k, v = inputs(torch.float32, batch=batch, queries=length, keys=length)
-        mask = causal_mask(length, length).expand(batch, 1, length, length)
-        for options in ({"is_causal": True}, {"attn_mask": mask}):
-            eager = scaled_dot_product_attention(q, k, v, enable_gqa=True, **options)
-            assert same_bits(compiled(q, k, v, enable_gqa=True, **options), eager)
-        frames.append(counter.frame_count)
-    assert len(set(frames)) == 1, frames
-
-
-BAD = {
-    "dtypes": ((5, 4), (7, 4), (7, 3), {}, "same dtype"),
-    "depths": ((5, 4), (7, 5), (7, 3), {}, "last dim"),
-    "keys": ((5, 4), (7, 4), (8, 3), {}, "number of keys"),
-    "heads": ((2, 6, 5, 4), (2, 2, 7, 4), (2, 2, 7, 3), {}, "enable_gqa=True"),
-    "groups": ((2, 6, 5, 4), (2, 4, 7, 4), (2, 4, 7, 3), {"enable_gqa": True}, "must divide"),
-    "rank": ((4,), (7, 4), (7, 3), {}, "at least 2 dimensional"),
-    "mask": ((5, 4), (7, 4), (7, 3), {"attn_mask": randn(5, 6)}, "does not broadcast"),
-    "mask's batch": ((1, 2, 5, 4), (1, 2, 7, 4), (1, 2, 7, 3), {"attn_mask": randn(3, 1, 5, 7)}, "does not broadcast"),
-    "mask's dtype": ((5, 4), (7, 4), (7, 3), {"attn_mask": randn(5, 7).double()}, "attn_mask dtype"),
-    "two masks": ((5, 4), (7, 4), (7, 3), {"attn_mask": randn(5, 7), "is_causal": True}, "is_causal=True"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_function_refuses_what_does_not_go_together(case: str):
-    *shapes, options, message = BAD[case]
-    q, k, v = (randn(*shape) for shape in shapes)
-    if case == "dtypes":
-        k = k.double()
-    with pytest.raises(ValueError, match=message):
-        scaled_dot_product_attention(q, k, v, **options)
-
-
-def test_dropout_and_other_dtypes_are_refused():
-    q, k, v = randn(2, 3, 5, 4), randn(2, 3, 7, 4), randn(2, 3, 7, 3)
-    with pytest.raises(UnsupportedOpError, match="dropout_p"):
-        scaled_dot_product_attention(q, k, v, dropout_p=0.1)
-    for dtype in (torch.int64, torch.complex64):
-        with pytest.raises(ValueError, match="expected float32"):
-            scaled_dot_product_attention(*(t.to(dtype) for t in (q, k, v)))
-
-
-@pytest.mark.parametrize("fake", [False, True])
-def test_op_checks_its_arguments(fake: bool):
-    device = "meta" if fake else "cpu"
-    q, k, v = (torch.empty(shape, device=device) for shape in ((2, 4, 5, 8), (2, 2, 7, 8), (2, 2, 7, 3)))
-    for bad in ((q[0], k, v), (q, k[:1], v), (q, k, v[:, :, 1:]), (q, k.double(), v), (q.int(), k.int(), v.int())):
-        with pytest.raises(RuntimeError, match="bicompile::sdpa"):
-            ops.sdpa(*bad, None, False, 1.0)
-    with pytest.raises(RuntimeError, match="mask"):
-        ops.sdpa(q, k, v, torch.empty(5, 7, dtype=torch.int64, device=device), False, 1.0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_ops_pass_opcheck(dtype: torch.dtype):
-    q, k, v = inputs(dtype, queries=4, keys=6, depth=5, value_depth=3)
-    for mask in (None, torch.ones(2, 1, 4, 6, dtype=torch.bool), values((4, 6), dtype, 3)):
-        tracked = [t.clone().requires_grad_() for t in (q, k, v)]
-        torch.library.opcheck(ops.sdpa.default, (*tracked, mask, False, 0.2))
-        out, lse = sdpa(q, k, v, mask)
-        wanted = mask is not None and mask.dtype != torch.bool
-        arguments = (torch.ones_like(out), q, k, v, mask, out, lse, False, 0.2, wanted)
-        torch.library.opcheck(ops.sdpa_backward.default, arguments)
-
-
-# --- values --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mask_shape", [None, (2, 4, 5, 7), (5, 7), (4, 1, 7), (2, 1, 5, 1)])
-def test_gradients_are_those_of_finite_differences(mask_shape: tuple[int, ...] | None):
-    def leaf(*shape: int) -> Tensor:
-        return randn(*shape).double().requires_grad_()
-
-    leaves = [leaf(2, 4, 5, 6), leaf(2, 2, 7, 6), leaf(2, 2, 7, 3)]
-    if mask_shape is not None:
-        leaves.append(leaf(*mask_shape))
-
-    def run(*args: Tensor) -> Tensor:
-        return scaled_dot_product_attention(*args, is_causal=mask_shape is None, enable_gqa=True)
-
-    assert torch.autograd.gradcheck(run, leaves)
-
-
-@every_dtype
-@pytest.mark.parametrize("causal", [False, True])
-def test_error_is_not_much_above_that_of_torch(dtype: torch.dtype, causal: bool):
-    q, k, v = (randn(2, h, 260, 40).to(dtype) for h in (6, 2, 2))
-    grad = randn(2, 6, 260, 40).to(dtype)
-
-    def run(function, wide: torch.dtype) -> list[Tensor]:
-        leaves = [t.to(wide).requires_grad_() for t in (q, k, v)]
-        out = function(*leaves, is_causal=causal, enable_gqa=True)
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(wide))]
-
-    exact = run(F.scaled_dot_product_attention, torch.float64)
-    stock, ours = run(F.scaled_dot_product_attention, dtype), run(scaled_dot_product_attention, dtype)
-    floor = 8 * torch.finfo(torch.float64).eps  # where torch computes the exact one
-    for truth, theirs, mine in zip(exact, stock, ours, strict=True):
-        error = [((x.double() - truth).norm() / truth.norm()).item() for x in (theirs, mine)]
-        assert error[1] <= 1.5 * error[0] + floor
 
 
 def results_on_any_processor() -> list[tuple[Tensor, ...]]:

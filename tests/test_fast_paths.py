@@ -1,4 +1,4 @@
-"""``nn.MultiheadAttention`` and ``nn.Transformer*`` in eager mode, where PyTorch would take fused inference paths."""
+"""``nn.MultiheadAttention`` and ``nn.Transformer*``, compiled and in eager mode, where PyTorch has fused paths."""
 
 from __future__ import annotations
 
@@ -82,3 +82,51 @@ def test_causal_decoder_keeps_a_rows_bits():
     with torch.no_grad(), bicompile.eager():
         whole = module(x, x, tgt_mask=causal, tgt_is_causal=True)
         assert same_bits(module(x[1:2], x[1:2], tgt_mask=causal, tgt_is_causal=True)[0], whole[1])
+
+
+def test_compiled_transformer_has_the_bits_of_eager_and_keeps_a_rows():
+    """Encoder, decoder and their attention, with and without the fused paths that inference takes."""
+    module, causal = _transformer()
+    x, empty = _rows()
+
+    def run(rows: Tensor, empty: Tensor) -> Tensor:
+        masks = {"src_key_padding_mask": empty, "memory_key_padding_mask": empty}
+        return module(rows, rows, tgt_mask=causal, tgt_is_causal=True, **masks)
+
+    compiled = torch.compile(run, backend="batch_invariant", dynamic=True, fullgraph=True)
+    with torch.no_grad():
+        whole = compiled(x, empty)
+        assert same_bits(compiled(x[1:4], empty[1:4]), whole[1:4])
+        with bicompile.eager():
+            assert same_bits(run(x, empty), whole)
+    with bicompile.eager():
+        assert same_bits(run(x, empty).detach(), whole)
+
+
+def test_mask_that_pytorch_looks_into_breaks_the_graph_and_eager_around_it_covers_the_rest():
+    """Without ``tgt_is_causal`` the decoder asks its mask's values, and Dynamo compiles nothing more of torch.nn."""
+    module, causal = _transformer()
+    x, _ = _rows()
+    compiled = torch.compile(lambda rows: module(rows, rows, tgt_mask=causal), backend="batch_invariant")
+    with torch.no_grad(), bicompile.eager():
+        whole = module(x, x, tgt_mask=causal, tgt_is_causal=True)
+        assert same_bits(compiled(x), whole) and same_bits(compiled(x[1:2]), whole[1:2])
+    assert not bicompile.explain(compiled, x).ok
+
+
+def _transformer() -> tuple[nn.Transformer, Tensor]:
+    """A layer of each kind, and a causal mask."""
+    torch.manual_seed(0)
+    module = nn.Transformer(WIDTH, HEADS, 1, 1, 200, batch_first=True).eval()
+    return module, nn.Transformer.generate_square_subsequent_mask(LENGTH)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=["none", "mean", "each"])
+def test_compiled_attention_has_the_bits_of_eager(weights: dict[str, bool]):
+    module, (x, empty) = _attention(), _rows()
+    compiled = torch.compile(module, backend="batch_invariant", dynamic=True)
+    with torch.no_grad():
+        found = compiled(x, x, x, key_padding_mask=empty, **weights)
+        with bicompile.eager():
+            assert same_bits(found, module(x, x, x, key_padding_mask=empty, **weights))
+    assert weights["need_weights"] or found[1] is None

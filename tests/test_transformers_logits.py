@@ -16,12 +16,26 @@ pytest.importorskip("transformers")
 
 import transformers
 from torch import Tensor
-from transformers_zoo import CAUSAL, SIZES, SPECIAL, VOCABULARY, Causal, in_chunks, padded, t5, tokens
+from transformers_zoo import (
+    CAUSAL,
+    Causal,
+    bert,
+    decoded,
+    encoder_caches,
+    in_chunks,
+    padded,
+    ragged,
+    t5,
+    tokens,
+    unpadded,
+    whisper,
+)
 
 import bicompile
 from bicompile.testing import differing_bits, same_bits
 
 LENGTH = 200  # more than a block of 192 keys
+PADDINGS = (0, 1, 3, 7, 31, 40, 64, 69, 70)
 DTYPES = [torch.float32, torch.bfloat16]
 each_model = pytest.mark.parametrize("model", CAUSAL.values(), ids=CAUSAL)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
@@ -52,35 +66,39 @@ def test_rows_keep_their_logits_whichever_way_experts_are_computed(experts: str)
 
 @each_dtype
 @each_model
-def test_padding_is_invisible(model: Causal, dtype: torch.dtype):
-    """Trap 18, for left padding."""
-    module, ids = model.build(dtype), tokens(2, LENGTH)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_is_invisible(model: Causal, dtype: torch.dtype, side: str):
+    """Trap 18, for left padding: rows with paddings from 0 to 70, all in one batch."""
+    module, ids, paddings = model.build(dtype), tokens(1, LENGTH + 30), range(71)
     with torch.no_grad(), bicompile.eager():
-        plain = module(ids).logits
-        for padding in (1, 3, 40, 70):
-            left = module(**padded(ids, padding)).logits[:, padding:]
-            right = module(**padded(ids, padding, "right")).logits[:, :LENGTH]
-            assert same_bits(left, plain) and same_bits(right, plain), f"{padding=}"
+        plain = module(ids).logits[0]
+        logits = module(**ragged(ids, paddings, side)).logits
+    for padding, row in zip(paddings, unpadded(logits, paddings, side), strict=True):
+        assert same_bits(row, plain[: len(row)]), f"{padding=}"
 
 
 @each_dtype
 @each_model
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["dynamic", "full", "static"])
 def test_prefill_equals_chunks_equals_decode(model: Causal, dtype: torch.dtype, kind: str):
-    """Also trap 6: a static cache has more keys than a dynamic one; both are sliding where the model's layers are."""
-    module, ids = model.build(dtype), tokens(2, LENGTH)
+    """Nine rows, padded unequally.  Also trap 6: a static cache has more keys than a dynamic one.
+
+    The dynamic and the static one slide where the model's layers do, the full one keeps all keys.
+    """
+    module, ids = model.build(dtype), tokens(1, LENGTH + 30)
+    batch = ragged(ids, PADDINGS)
     with torch.no_grad(), bicompile.eager():
-        plain = module(ids).logits
-        batch = padded(ids, 3)
+        plain = module(ids).logits[0]
         for chunk in (64, 7, 1):
             if kind == "static":
-                cache: Any = transformers.StaticCache(config=module.config, max_cache_len=LENGTH + 20)
+                cache: Any = transformers.StaticCache(config=module.config, max_cache_len=LENGTH + 50)
             else:
-                cache = transformers.DynamicCache(config=module.config)
+                cache = transformers.DynamicCache(config=module.config if kind == "dynamic" else None)
             # Decode steps one by one at the end, where they are the longest.
-            first = LENGTH - 12 if chunk == 1 else chunk
+            first = LENGTH + 20 if chunk == 1 else chunk
             logits = in_chunks(module, batch, cache, itertools.chain([first], itertools.repeat(chunk)))
-            assert same_bits(logits[:, 3:], plain), f"{chunk=}"
+            for padding, row in zip(PADDINGS, unpadded(logits, PADDINGS), strict=True):
+                assert same_bits(row, plain[: len(row)]), f"{chunk=} {padding=}"
 
 
 @each_dtype
@@ -122,92 +140,84 @@ def _last_step(module: Any, ids: Tensor) -> Tensor:
 
 @each_dtype
 def test_bert_keeps_its_bits_over_batches_and_padding(dtype: torch.dtype):
-    config = transformers.BertConfig(
-        **SIZES, num_hidden_layers=1, max_position_embeddings=512, attn_implementation="batch_invariant"
-    )
-    module = transformers.BertModel(config).to(dtype).eval()
-    ids = tokens(9, LENGTH)
+    module, ids = bert(dtype), tokens(9, LENGTH)
     with torch.no_grad(), bicompile.eager():
         whole = module(ids).last_hidden_state
-        for size in (1, 2, 5):
-            assert same_bits(module(ids[:size]).last_hidden_state, whole[:size])
-        for padding in (1, 70):
-            batch = padded(ids[:3], padding, "right")
-            hidden = module(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-            assert same_bits(hidden[:, :LENGTH], whole[:3]), f"{padding=}"
+        for size in range(1, 9):
+            assert same_bits(module(ids[9 - size :]).last_hidden_state, whole[9 - size :]), f"{size=}"
+        for padding in (1, 40, 70):
+            left = module(**padded(ids[:3], padding)).last_hidden_state[:, padding:]
+            right = module(**padded(ids[:3], padding, "right")).last_hidden_state[:, :LENGTH]
+            assert same_bits(left, whole[:3]) and same_bits(right, whole[:3]), f"{padding=}"
 
 
 @each_dtype
-def test_t5_keeps_its_bits_with_padding_at_the_encoder_and_decode_steps(dtype: torch.dtype):
-    module, asked, said = t5(dtype), tokens(3, LENGTH), tokens(3, 24, seed=2)
+def test_t5_keeps_its_bits_with_padding_at_the_encoder_and_in_chunks(dtype: torch.dtype):
+    module, asked, said = t5(dtype), tokens(9, LENGTH), tokens(9, 24, seed=2)
     with torch.no_grad(), bicompile.eager():
         plain = module(input_ids=asked, decoder_input_ids=said).logits
-        assert same_bits(module(input_ids=asked[1:2], decoder_input_ids=said[1:2]).logits, plain[1:2])
-        for side in ("left", "right"):  # its positions are relative: both are invisible
-            batch = padded(asked, 5, side)
+        for size in range(1, 9):
+            part = module(input_ids=asked[9 - size :], decoder_input_ids=said[9 - size :]).logits
+            assert same_bits(part, plain[9 - size :]), f"{size=}"
+        for side, padding in itertools.product(("left", "right"), (5, 70)):  # positions are relative: both invisible
+            batch = padded(asked, padding, side)
             del batch["position_ids"]
-            encoded = module.encoder(**batch)
-            again = {"encoder_outputs": encoded, "attention_mask": batch["attention_mask"]}
-            assert same_bits(module(**again, decoder_input_ids=said).logits, plain), side
-            assert same_bits(_decoded(module, said, again, first=16), plain), side
+            again = {"encoder_outputs": module.encoder(**batch), "attention_mask": batch["attention_mask"]}
+            assert same_bits(module(**again, decoder_input_ids=said).logits, plain), f"{side=} {padding=}"
+            for chunk in (7, 1):
+                for kind, cache in encoder_caches(module.config, 30, LENGTH + padding).items():
+                    steps = itertools.repeat(chunk)
+                    logits = decoded(module, {"decoder_input_ids": said}, again, cache, steps)
+                    assert same_bits(logits, plain), f"{side=} {padding=} {chunk=} {kind=}"
 
 
 @each_dtype
-def test_whisper_decoder_prefills_as_it_decodes(dtype: torch.dtype):
-    config = transformers.WhisperConfig(
-        vocab_size=VOCABULARY,
-        d_model=64,
-        decoder_layers=1,
-        encoder_layers=1,
-        decoder_attention_heads=4,
-        encoder_attention_heads=4,
-        decoder_ffn_dim=200,
-        encoder_ffn_dim=200,
-        max_source_positions=LENGTH,
-        decoder_start_token_id=1,
-        attn_implementation="batch_invariant",
-        **{**SPECIAL, "eos_token_id": 2},
-    )
-    module = transformers.WhisperForConditionalGeneration(config).to(dtype).eval()
-    heard = torch.randn(3, LENGTH, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
-    said = tokens(3, 40)
+def test_whisper_decoder_keeps_its_bits_over_batches_padding_chunks_and_caches(dtype: torch.dtype):
+    module = whisper(LENGTH, dtype)
+    heard = torch.randn(9, LENGTH, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
+    said = tokens(9, 40)
     with torch.no_grad(), bicompile.eager():
         plain = module(encoder_outputs=(heard,), decoder_input_ids=said).logits
-        alone = module(encoder_outputs=(heard[1:2],), decoder_input_ids=said[1:2]).logits
-        decoded = _decoded(module, said, {"encoder_outputs": (heard,)}, first=32)
-    assert same_bits(alone, plain[1:2])
-    assert same_bits(decoded, plain)
-
-
-def _decoded(module: Any, said: Tensor, encoded: dict[str, Any], first: int) -> Tensor:
-    """The decoder's logits: ``first`` tokens at once, then one by one."""
-    cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
-    cuts = [0, *range(first, said.shape[1] + 1)]
-    steps = [
-        module(**encoded, decoder_input_ids=said[:, start:stop], past_key_values=cache, use_cache=True).logits
-        for start, stop in itertools.pairwise(cuts)
-    ]
-    return torch.cat(steps, dim=1)
+        for size in range(1, 9):
+            part = module(encoder_outputs=(heard[9 - size :],), decoder_input_ids=said[9 - size :]).logits
+            assert same_bits(part, plain[9 - size :]), f"{size=}"
+        for padding, chunk in ((0, 7), (70, 64), (3, 1)):
+            batch = {f"decoder_{name}": t for name, t in padded(said, padding).items()}
+            for kind, cache in encoder_caches(module.config, 120, LENGTH).items():
+                logits = decoded(module, batch, {"encoder_outputs": (heard,)}, cache, itertools.repeat(chunk))
+                assert same_bits(logits[:, padding:], plain), f"{padding=} {chunk=} {kind=}"
 
 
 # A real model.
 
 
-def test_smollm2_has_the_same_logits_prefilled_decoded_padded_and_in_company():
+@each_dtype
+def test_smollm2_has_the_same_logits_prefilled_decoded_padded_packed_and_in_company(dtype: torch.dtype):
     from bicompile.demo.models import DemoError, subject
 
     try:
         smollm2 = subject("smollm2", print)
     except DemoError as error:
         pytest.skip(str(error))
-    module = smollm2.load(torch.bfloat16)
+    module = smollm2.load(dtype)
     module.set_attn_implementation("batch_invariant")
-    texts = ["The history of the Roman Empire began when a small town on the Tiber", "Dear Sir or Madam, I am writing"]
-    rows = [torch.tensor([smollm2.encode(text)[:8]]) for text in texts]
+    text = "The history of the Roman Empire began when a small town on the Tiber"
+    ids, other = (torch.tensor([smollm2.encode(t)]) for t in (text, "Dear Sir or Madam, I am writing"))
+    length, paddings = ids.shape[1], (0, 1, 5)
+    batch = ragged(ids, paddings)
+    static = transformers.StaticCache(config=module.config, max_cache_len=length + 30)
+    dynamic = transformers.DynamicCache(config=module.config)
+    packed = torch.cat([other, ids], dim=1)
+    positions = torch.cat([torch.arange(other.shape[1]), torch.arange(length)])[None]
     with torch.no_grad(), bicompile.eager():
-        alone = module(rows[0]).logits
-        company = module(torch.cat(rows)).logits[:1]
-        left = module(**padded(rows[0], 3)).logits[:, 3:]
-        steps = itertools.chain([5], itertools.repeat(1))
-        decoded = in_chunks(module, padded(rows[0], 0), transformers.DynamicCache(config=module.config), steps)
-    assert same_bits(company, alone) and same_bits(left, alone) and same_bits(decoded, alone)
+        alone = module(ids).logits[0]
+        found = {
+            "company": module(**batch).logits,
+            "chunks of 7": in_chunks(module, batch, static, itertools.repeat(7)),
+            "decode": in_chunks(module, batch, dynamic, itertools.chain([length - 3], itertools.repeat(1))),
+        }
+        beside = module(packed, position_ids=positions, use_cache=False).logits[0, other.shape[1] :]
+    assert same_bits(beside, alone)
+    for way, logits in found.items():
+        for padding, row in zip(paddings, unpadded(logits, paddings), strict=True):
+            assert same_bits(row, alone[: len(row)]), f"{way}, {padding=}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,13 +53,13 @@ class Causal:
 
 def _gpt2() -> Any:
     return transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=64, n_inner=200, n_layer=1, n_head=4, n_positions=512, **SPECIAL
+        vocab_size=VOCABULARY, n_embd=64, n_inner=200, n_layer=1, n_head=4, n_positions=1024, **SPECIAL
     )
 
 
 def _opt() -> Any:
     sizes = {**SIZES, "ffn_dim": 200, "num_hidden_layers": 1, "word_embed_proj_dim": 64}
-    return transformers.OPTConfig(max_position_embeddings=512, **sizes, **SPECIAL)
+    return transformers.OPTConfig(max_position_embeddings=1024, **sizes, **SPECIAL)
 
 
 def _gpt_oss() -> Any:
@@ -107,6 +107,33 @@ def t5(dtype: torch.dtype = torch.float32) -> Any:
     return transformers.T5ForConditionalGeneration(config).to(dtype).eval()
 
 
+def bert(dtype: torch.dtype = torch.float32) -> Any:
+    """A BERT of one layer, in eval mode."""
+    config = transformers.BertConfig(
+        **SIZES, num_hidden_layers=1, max_position_embeddings=1024, attn_implementation="batch_invariant"
+    )
+    return transformers.BertModel(config).to(dtype).eval()
+
+
+def whisper(length: int, dtype: torch.dtype = torch.float32) -> Any:
+    """A Whisper of one layer a side that hears ``length`` frames of 64 numbers, in eval mode."""
+    config = transformers.WhisperConfig(
+        vocab_size=VOCABULARY,
+        d_model=64,
+        decoder_layers=1,
+        encoder_layers=1,
+        decoder_attention_heads=4,
+        encoder_attention_heads=4,
+        decoder_ffn_dim=200,
+        encoder_ffn_dim=200,
+        max_source_positions=length,
+        decoder_start_token_id=1,
+        attn_implementation="batch_invariant",
+        **{**SPECIAL, "eos_token_id": 2},
+    )
+    return transformers.WhisperForConditionalGeneration(config).to(dtype).eval()
+
+
 def tokens(num_rows: int, length: int, seed: int = 1) -> Tensor:
     """``[num_rows, length]`` of ordinary tokens."""
     return torch.randint(3, VOCABULARY, (num_rows, length), generator=torch.Generator().manual_seed(seed))
@@ -125,6 +152,20 @@ def padded(ids: Tensor, padding: int, side: str = "left") -> dict[str, Tensor]:
     }
 
 
+def ragged(ids: Tensor, paddings: Sequence[int], side: str = "left") -> dict[str, Tensor]:
+    """A batch of one width: row ``i`` is ``paddings[i]`` of padding and the first tokens of ``ids`` ``[1, n]``."""
+    rows = [padded(ids[:, : ids.shape[1] - padding], padding, side) for padding in paddings]
+    return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def unpadded(rows: Tensor, paddings: Sequence[int], side: str = "left") -> list[Tensor]:
+    """What a model says to the tokens of each row of a ``ragged`` batch."""
+    return [
+        row[padding:] if side == "left" else row[: len(row) - padding]
+        for row, padding in zip(rows, paddings, strict=True)
+    ]
+
+
 def in_chunks(model: Any, batch: dict[str, Tensor], cache: Any, sizes: Iterator[int]) -> Tensor:
     """The logits of ``batch``, fed to ``model`` in chunks of ``sizes`` tokens until it is used up."""
     total = batch["input_ids"].shape[1]
@@ -136,3 +177,25 @@ def in_chunks(model: Any, batch: dict[str, Tensor], cache: Any, sizes: Iterator[
         logits.append(model(**part, attention_mask=mask, past_key_values=cache, use_cache=True).logits)
         start = stop
     return torch.cat(logits, dim=1)
+
+
+def decoded(model: Any, said: dict[str, Tensor], encoded: dict[str, Any], cache: Any, sizes: Iterator[int]) -> Tensor:
+    """The logits of a decoder that looks at an encoder, of the batch ``said`` fed in chunks of ``sizes`` tokens."""
+    total = said["decoder_input_ids"].shape[1]
+    logits, start = [], 0
+    while start < total:
+        stop = min(total, start + next(sizes))
+        part = {name: t[:, :stop] if name.endswith("mask") else t[:, start:stop] for name, t in said.items()}
+        logits.append(model(**encoded, **part, past_key_values=cache, use_cache=True).logits)
+        start = stop
+    return torch.cat(logits, dim=1)
+
+
+def encoder_caches(config: Any, length: int, heard: int) -> dict[str, Any]:
+    """A growing and a static cache for a decoder of up to ``length`` tokens that looks at ``heard`` of an encoder."""
+    text = config.get_text_config(decoder=True)
+    static = [transformers.StaticCache(config=text, max_cache_len=size) for size in (length, heard)]
+    return {
+        "dynamic": transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache()),
+        "static": transformers.EncoderDecoderCache(*static),
+    }

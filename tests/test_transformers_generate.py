@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
-from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.fx import GraphModule
 from transformers_zoo import CAUSAL, Causal, t5, tokens
 
@@ -208,7 +208,7 @@ def test_paged_attention_outside_of_generate_batch_says_what_to_do():
 # Compiled.
 
 
-GRAPHS = {
+GRAPHS: dict[str, tuple[list[tuple[tuple[int, ...], int]], list[int]]] = {
     # Batches (which prompts, new tokens), and the graphs that there are after each.
     "llama": ([(MIXED, 4), ((0, 1, 2, 2, 1), 6), ((2,), 4), ((0,), 4)], [2, 2, 4, 4]),
     # Its window fills in the first batch, and is shorter than the prompts of the second.

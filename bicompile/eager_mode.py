@@ -60,6 +60,12 @@ _CORRECTLY_ROUNDED_ON_GPU = frozenset(
 # Of equal elements these name any on a GPU, so none runs as it is there: topk and sort are lowered, others refused.
 _FREE_TIES = frozenset("aten.kthvalue aten.median aten.mode aten.nanmedian aten.sort aten.topk".split())
 
+# What to do instead of an op that is refused.
+_WAYS_OUT = {
+    "aten.multinomial": "Draw each row by a seed of its own: bicompile.sampling.SeededSampler (in transformers' "
+    "generate, a logits processor beside do_sample=False)",
+}
+
 
 @contextlib.contextmanager
 def eager(*, allow: Iterable[str] = (), on_refused: Literal["error", "warn"] = "error") -> Iterator[None]:
@@ -153,8 +159,9 @@ class _LoweringMode(InterceptingMode):
     def _refuse(self, func: OpOverload | HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._allow & {op_name(func), str(func)}:
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            nested = any(x.is_nested for x in tensors)
-            advice = "Pad the nested tensor and mask the padding" if nested else "Rewrite it with supported ops"
+            advice = _WAYS_OUT.get(op_name(func), "Rewrite it with supported ops")
+            if any(x.is_nested for x in tensors):
+                advice = "Pad the nested tensor and mask the padding"
             message = (
                 f"{func}: no batch-invariant form of this op is known; it got tensors of shapes "
                 f"{[tuple(x.shape) for x in tensors]}. {advice}, or take responsibility for it with "

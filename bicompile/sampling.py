@@ -111,8 +111,8 @@ class SeededSampler:
         """
         if len(scores) != len(self.seeds):
             raise ValueError(
-                f"SeededSampler: expected {len(self.seeds)} rows, one for each seed, got {len(scores)}. With "
-                "num_return_sequences=n give each prompt n seeds, one after the other; beam search cannot sample."
+                f"SeededSampler: expected {len(self.seeds)} rows, one for each seed, got {len(scores)}. For "
+                "n answers to a prompt, repeat it n times in the batch, with n seeds; beam search cannot sample."
             )
         if self.prompt_length is None:
             self.prompt_length = input_ids.shape[1]

@@ -140,7 +140,7 @@ def test_seeds_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="2\\*\\*64"):
         SeededSampler([-1])
     sampler = SeededSampler([1, 2])
-    with pytest.raises(ValueError, match="2 rows.*got 3.*num_return_sequences"):
+    with pytest.raises(ValueError, match="2 rows.*got 3.*repeat it n times"):
         sampler(torch.zeros(3, 4), torch.zeros(3, 8))
     sampler(torch.zeros(2, 4), torch.zeros(2, 8))
     with pytest.raises(ValueError, match="new sampler"):

@@ -150,6 +150,26 @@ def test_sampled_text_does_not_depend_on_company_padding_or_assistant():
     assert alone != greedy
 
 
+def test_several_answers_to_a_prompt_are_those_of_their_seeds_alone():
+    module, batch = CAUSAL["llama"].build(), _batch([1])
+
+    def sampled(seeds: Sequence[int]) -> list[list[int]]:
+        processors = transformers.LogitsProcessorList([SeededSampler(seeds, temperature=0.8)])
+        repeated = {name: t.repeat_interleave(len(seeds), 0) for name, t in batch.items()}
+        return module.generate(**repeated, max_new_tokens=8, do_sample=False, logits_processor=processors).tolist()
+
+    with torch.no_grad(), bicompile.eager():
+        answers = sampled([1, 2, 3])
+        assert answers == [sampled([seed])[0] for seed in (1, 2, 3)]
+    assert len(set(map(tuple, answers))) == 3
+
+
+def test_sampling_by_generate_itself_is_refused_with_a_way_out():
+    module = CAUSAL["llama"].build()
+    with bicompile.eager(), pytest.raises(bicompile.UnsupportedOpError, match="SeededSampler"):
+        module.generate(**_batch([1]), max_new_tokens=2, do_sample=True)
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt-oss"])
 def test_continuous_batching_says_what_generate_says(name: str):
     """Its paged cache, chunked prefills and steps that mix requests; Mistral and gpt-oss have sliding layers."""

@@ -155,7 +155,7 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(name: str)
 
 
 def test_second_derivative_of_attention_is_refused():
-    """As PyTorch's fused attention has none.  Its first derivative: tests/test_attention.py."""
+    """As PyTorch's fused attention has none.  Its first derivative: tests/test_attention_function.py."""
     q = leaves_of(((1, 2, 3, 4),))[0]
     with bicompile.eager():
         (gradient,) = torch.autograd.grad(F.scaled_dot_product_attention(q, q, q).square().sum(), q, create_graph=True)

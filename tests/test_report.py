@@ -131,7 +131,7 @@ ORDERS = [
 
 @pytest.mark.parametrize("n", [1, 2, 5, 19])
 def test_drawings_show_every_summand_and_no_lines_cross(n: int):
-    small = {"block": 4, "group": 4, "lanes": 4, "section": 8, "segment": 4, "splits": ((0, 16), (0, 16), 16)}
+    small = {"block": 4, "group": 4, "lanes": 4, "section": 8, "segment": 4, "splits": ((0, 16),)}
     for op, dtype, device in ORDERS:
         order = declared_order(op, 64, dtype, device)
         fields = {field.name for field in dataclasses.fields(order)}

@@ -56,7 +56,7 @@ def columns_schedule_for(width: int, lanes: int, itemsize: int) -> ColumnsSchedu
     side = 8
     while side < min(width, 128 // itemsize):
         side *= 2
-    return ColumnsSchedule(side, min(lanes, 64), 4)
+    return ColumnsSchedule(side, min(lanes, 8), 2)
 
 
 def merging_schedule_for(width: int, lanes: int) -> ColumnsSchedule:

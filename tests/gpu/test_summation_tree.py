@@ -400,17 +400,21 @@ STOCK: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def test_stock_products_change_their_tree_with_the_batch():
-    def tree(fn: Callable[[Tensor], Tensor], rows: int) -> str:
-        x = torch.zeros(rows, 512, dtype=torch.bfloat16, device=DEVICE)
+    def tree(fn: Callable[[Tensor], Tensor], dtype: torch.dtype, rows: int) -> str:
+        x = torch.zeros(rows, 512, dtype=dtype, device=DEVICE)
 
         def last_row(summands: Tensor) -> Tensor:
             x[-1] = summands
             return fn(x)[-1]
 
         try:
-            return str(summation_tree(last_row, 512, dtype=torch.bfloat16, device=DEVICE))
+            return str(summation_tree(last_row, 512, dtype=dtype, device=DEVICE))
         except ValueError as no_tree:  # a sum of another kind
             return str(no_tree)
 
-    found = {name: {rows: tree(fn, rows) for rows in (1, 2, 16, 256)} for name, fn in STOCK.items()}
+    found = {
+        (name, dtype): {rows: tree(fn, dtype, rows) for rows in (1, 2, 16, 256)}
+        for name, fn in STOCK.items()
+        for dtype in (torch.float32, torch.bfloat16)
+    }
     assert any(len(set(trees.values())) > 1 for trees in found.values()), found

@@ -105,7 +105,7 @@ def gpu_order_for(depth: int, dtype: torch.dtype) -> GpuAttentionOrder:
     else:
         block = 128 if depth <= 128 else 64
     # Small enough for one sequence with 8 heads of keys to fill the device, large enough for few to be merged.
-    return GpuAttentionOrder(block=block, lanes=8, splits=((0, 256), (2048, 512), (8192, 1024), (16384, 2048)))
+    return GpuAttentionOrder(block=block, lanes=8, splits=((0, 512), (8192, 1024), (16384, 2048)))
 
 
 HIDDEN_BELOW = {

@@ -43,7 +43,7 @@ class SplitSchedule:
         rows: queries times heads of one program.
         warps: warps of one program.
         stages: blocks of keys in flight.
-        span: keys that one program takes, a power of two up to 32 of the smallest splits, and one split at least; 0
+        span: keys that one program takes, a power of two up to 16 of the smallest splits, and one split at least; 0
             for all, and then nothing is left to merge.
         tma: whether keys and values come by TMA (sm_90 and newer).
     """
@@ -207,15 +207,15 @@ def share(pieces: int, programs: int, masked: bool, order: GpuAttentionOrder, nu
 
     Under a mask, rows may see different numbers of keys, and the smallest programs level that.
     """
-    choices = [1] if masked else [n for n in (1, 2, 4, 8, 16, 32) if n < pieces] + [pieces]
+    choices = [1] if masked else [n for n in (1, 2, 4, 8, 16) if n < pieces] + [pieces]
     if not masked and fills(programs, num_sms):
         choices = [pieces]
 
     def waves_of(taken: int) -> int:
         return cdiv(cdiv(pieces, taken) * programs, num_sms)
 
-    # The first keys of a program arrive about as late as half of a piece takes (an H100, heads of 128).
-    taken = min(choices, key=lambda taken: waves_of(taken) * (taken + 0.5))
+    # The first keys of a program arrive about as late as a quarter of a piece takes (an H100, heads of 128).
+    taken = min(choices, key=lambda taken: waves_of(taken) * (taken + 0.25))
     span = 0 if taken == pieces else taken * order.splits[0][1]
     return span, load_of(cdiv(pieces, taken) * programs, num_sms)
 

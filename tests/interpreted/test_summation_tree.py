@@ -62,5 +62,5 @@ def test_of_three_positive_summands_those_two_meet_first_that_the_order_says(nam
 
 @pytest.mark.parametrize("name", POSITIVE_ATTENTION)
 def test_attentions_weights_are_added_as_its_order_says(name: str):
-    tree = gpu_attention_trees(attention_order(1, torch.float32), 1, 300)["weights"]
+    tree = gpu_attention_trees(attention_order(1, torch.float32), 1, 550)["weights"]
     check_triples(lambda x: POSITIVE_ATTENTION[name](OPS, x), tree, (5,), "cpu", name, count=5)

@@ -47,11 +47,25 @@ constexpr int panel_width(int64_t rows) {
   return (rows <= kWideRows ? 4 : 2) * Pack<T>::kLanes;
 }
 
+// How many panels wide a tile of many rows is: at least 4, at most `most`.  Wide tiles' operands are packed fewer
+// times; narrow tiles can be shared out more evenly.
+inline int64_t panels_of_tile(int64_t row_tiles, int64_t rows, int64_t panels, int64_t width, int64_t most) {
+  // Packing an element takes as long as about 32 multiply-adds (a Zen 4, tiles 128 to 512 wide, 2026-11-29).
+  constexpr int64_t kPackCost = 32;
+  const int64_t threads = torch::stable::get_num_threads();
+  int64_t best = 0, least_cost = 0;
+  for (int64_t count = std::min(most, panels); count >= std::min<int64_t>(4, panels); count--) {
+    const int64_t tasks = row_tiles * ((panels + count - 1) / count), columns = count * width;
+    const int64_t cost = (tasks + threads - 1) / threads * (rows * columns + kPackCost * (rows + columns));
+    if (best == 0 || cost < least_cost) best = count, least_cost = cost;
+  }
+  return best;
+}
+
 template <class T>
 Schedule schedule_for(const Product<T>& p) {
-  // Fastest of a few on a Zen 4 with 1 MiB of L2: there a tile's sums, one chunk of the left operand and one panel
-  // of the right one stay in L2.
-  constexpr int64_t kFewRows = 64, kTallRows = 384, kTallColumns = 256;
+  // Fastest of a few on a Zen 4 with 1 MiB of L2: a tile's sums take half of it.
+  constexpr int64_t kFewRows = 64, kTallRows = 256, kTallBytes = 2048;
   constexpr int64_t kSharedSize = 4 << 20;
   const bool along = p.right.k_stride == 1;
   Schedule s;
@@ -77,10 +91,9 @@ Schedule schedule_for(const Product<T>& p) {
   }
   s.chunk = kBlock;
   const int64_t row_tiles = (p.rows + kTallRows - 1) / kTallRows;
-  s.tile_rows = (p.rows + row_tiles - 1) / row_tiles;
-  const int64_t column_tiles = (wanted + p.batch * row_tiles - 1) / (p.batch * row_tiles);
-  const int64_t least = std::min<int64_t>(4, panels);
-  s.tile_columns = width * std::clamp<int64_t>(panels / column_tiles, least, std::max(least, kTallColumns / width));
+  s.tile_rows = ((p.rows + row_tiles - 1) / row_tiles + 15) / 16 * 16;  // so that no line of memory is read twice
+  const int64_t most = kTallBytes / (width * int64_t(sizeof(typename Pack<T>::Element)));
+  s.tile_columns = width * panels_of_tile(p.batch * row_tiles, s.tile_rows, panels, width, most);
   return s;
 }
 
@@ -186,6 +199,17 @@ Ahead ahead_of(const Operand<T>& x, int64_t line, int64_t lines, int64_t k, int6
   return {data, 0, 0, 0};
 }
 
+// The lines of a tile that will be written soon: asked for, so that the stores need not wait for them.
+template <class T>
+BICOMPILE_INLINE void out_ahead(const Product<T>& p, const Tile& t, int64_t row, int rows, int64_t at, int64_t width) {
+  if (p.out == nullptr) return;
+  const int64_t columns = std::min(width, t.columns - at);
+  const T* to = p.out + (t.batch * p.rows + t.row + row) * p.columns + t.column + at;
+  for (int i = 0; i < rows; i++, to += p.columns) {
+    for (int64_t j = 0; j < columns; j += 64 / int(sizeof(T))) __builtin_prefetch(to + j, 1);
+  }
+}
+
 // Many rows, or columns that lie anyhow: the columns are packed in panels, then met by one tile of rows after another.
 template <class T, PairBy by>
 void panel_task(const Product<T>& p, const Schedule& s, const typename Pack<T>::Element* packed_left, const Tile& t) {
@@ -218,6 +242,7 @@ void panel_task(const Product<T>& p, const Schedule& s, const typename Pack<T>::
     } else {
       pack_left(left, t.row, t.rows, k, chunk, own_left, block_stride);
     }
+    const bool last = k + s.chunk >= p.depth;
     const Ahead left_ahead = ahead_of(left, t.row, packed_left ? 0 : t.rows, k + chunk, next_chunk);
     for (int64_t at = 0; at < t.columns; at += width) {
       const int64_t group_start = at / group * group, in_group = std::min(group, t.columns - group_start);
@@ -238,6 +263,7 @@ void panel_task(const Product<T>& p, const Schedule& s, const typename Pack<T>::
         for (int64_t tile = 0; tile < row_tiles; tile++, call++) {
           const int rows = int(t.rows / row_tiles + (tile < t.rows % row_tiles));
           right_ahead.fetch(call, calls);
+          if (last && block + 1 == blocks) out_ahead(p, t, row, rows, at, width);
           if (at == 0) left_ahead.fetch(block * row_tiles + tile, blocks * row_tiles);
           tile_kernel<T, by>(rows, wide)(depth, left_rows + block * block_stride + row * P::kRowStride, columns, width,
                                          sums + row * sum_stride + at, sum_stride,
@@ -245,7 +271,7 @@ void panel_task(const Product<T>& p, const Schedule& s, const typename Pack<T>::
           row += rows;
         }
       }
-      if (k + s.chunk < p.depth) continue;
+      if (!last) continue;
       const int64_t there = std::min(width, t.columns - at);
       if (p.kept != nullptr) {
         copy_kept<T, true>(p, t.batch, t.row, t.rows, t.column + at, there, sums + at, sum_stride);
@@ -290,6 +316,7 @@ void run(const Product<T>& p) {
   using P = Pack<T>;
   using Element = typename P::Element;
   struct SharedTag;
+  constexpr int64_t kPackRows = 256;  // a task's share of the packing
   const Schedule s = schedule_for(p);
   const int64_t block_stride = p.rows * P::kRowStride;
   const int64_t packed_size = std::max<int64_t>(1, (p.depth + kBlock - 1) / kBlock) * block_stride;
@@ -297,11 +324,13 @@ void run(const Product<T>& p) {
   if (s.share_left) {
     shared = scratch<SharedTag, Element>(p.batch * packed_size);
     const int64_t blocks = packed_size / block_stride;
-    parallel_tasks(p.batch * blocks, p.batch * p.rows * p.depth, [&](int64_t task) {
-      const int64_t batch = task / blocks, k = task % blocks * kBlock;
+    const int64_t parts = (p.rows + kPackRows - 1) / kPackRows;
+    parallel_tasks(p.batch * blocks * parts, p.batch * p.rows * p.depth, [&](int64_t task) {
+      const int64_t batch = task / parts / blocks, k = task / parts % blocks * kBlock, row = task % parts * kPackRows;
       const Operand<T> left = of_batch(p.left, batch * p.left_batch_stride);
-      const int depth_k = int(std::min<int64_t>(kBlock, p.depth - k));
-      pack_rows(left, 0, int(p.rows), k, depth_k, shared + batch * packed_size + k / kBlock * block_stride);
+      const int rows = int(std::min(kPackRows, p.rows - row)), depth_k = int(std::min<int64_t>(kBlock, p.depth - k));
+      Element* to = shared + batch * packed_size + k / kBlock * block_stride + row * P::kRowStride;
+      pack_rows(left, row, rows, k, depth_k, to);
     });
   }
   const int64_t row_tiles = (p.rows + s.tile_rows - 1) / s.tile_rows;

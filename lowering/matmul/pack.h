@@ -197,24 +197,30 @@ void pack_rows(const Operand<T>& x, int64_t line, int count, int64_t k, int dept
     }
     return;
   }
-  for (int i = 0; i < count; i += P::kLanes) {
-    const int lanes = count - i < P::kLanes ? count - i : P::kLanes;
-    const bool plain = x.line_stride == 1 && lanes == P::kLanes;
-    for (int done = 0; done < depth_k; done += kStep) {
+  // All lines for a few k's at a time: lines that are neighbours lie along, the k's far apart.
+  for (int done = 0; done < depth_k; done += kStep) {
+    for (int i = 0; i < count; i += P::kLanes) {
+      const int lanes = count - i < P::kLanes ? count - i : P::kLanes;
+      const T* from = x.at(line + i, k + done);
       typename P::Vec v[P::kLanes];
-      for (int e = 0; e < P::kLanes; e++) {
-        const int at_k = done + e * P::kPair;
-        const T* from = x.at(line + i, k + at_k);
-        if (at_k >= depth_k) {
-          v[e] = splat(typename P::Element(0));
-        } else {
-          const bool odd = at_k + 1 < depth_k;
-          v[e] = plain ? load_across(from, x.k_stride, odd)
-                       : gather_across(from, x.line_stride, lanes, x.k_stride, odd);
+      if (x.line_stride == 1 && lanes == P::kLanes && done + kStep <= depth_k) {
+#pragma GCC unroll 16
+        for (int e = 0; e < P::kLanes; e++) v[e] = load_across(from + e * P::kPair * x.k_stride, x.k_stride, true);
+      } else {
+        for (int e = 0; e < P::kLanes; e++, from += P::kPair * x.k_stride) {
+          const int left = depth_k - done - e * P::kPair;
+          v[e] = left > 0 ? gather_across(from, x.line_stride, lanes, x.k_stride, left > 1)
+                          : splat(typename P::Element(0));
         }
       }
       transpose(v);
-      for (int j = 0; j < lanes; j++) store(to + (i + j) * P::kRowStride + done / P::kPair, v[j]);
+      auto* row = to + i * P::kRowStride + done / P::kPair;
+      if (lanes == P::kLanes) {
+#pragma GCC unroll 16
+        for (int j = 0; j < P::kLanes; j++) store(row + j * P::kRowStride, v[j]);
+      } else {
+        for (int j = 0; j < lanes; j++) store(row + j * P::kRowStride, v[j]);
+      }
     }
   }
 }

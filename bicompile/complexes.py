@@ -78,5 +78,6 @@ NORMAL_FORMS: dict[OpOverload, Callable[..., Any]] = {
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _by_parts(_sum)),
     **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _by_parts(_difference)),
     aten.neg.default: _negative,
+    aten.complex.default: _joined,
     aten.polar.default: _polar,
 }

@@ -34,6 +34,7 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a real tensor that is longer": lambda a, b: a[0] + b.real,
     "with alpha": lambda a, b: torch.add(torch.sub(a, b, alpha=2), b, alpha=0.5j),
     "negative": lambda a, b: -a,
+    "from parts": lambda a, b: torch.complex(a.real, b.imag[0]),
     "polar": lambda a, b: torch.polar(a.real.abs(), b.real) * a,
     "in place": _in_place,
 }

@@ -7,15 +7,17 @@ from typing import Any
 
 from .subjects import (
     IMAGE,
+    PATCHES,
     TOKENS,
-    VOCABULARY,
     WINDOW,
     Inputs,
     Subject,
     asked,
     asked_by_type,
+    asked_with_places,
     bare,
     captions,
+    heard,
     images,
     patches,
     sentences,
@@ -90,7 +92,10 @@ DECODERS = (
     _causal("SmolLM3", "SmolLM3"),
     _causal("GLM-4", "Glm4"),
     _causal("Nemotron", "Nemotron"),
+    _causal("OLMo", "Olmo"),
     _causal("OLMo 3", "Olmo3", **_SLIDING),
+    _causal("GLM", "Glm"),
+    _causal("GPT-BigCode", "GPTBigCode"),
     _causal("Cohere 2", "Cohere2", **_SLIDING),
     _causal("EXAONE 4", "Exaone4", sliding_window_pattern=2, **_SLIDING),
     _causal("Arcee", "Arcee"),
@@ -100,6 +105,7 @@ DECODERS = (
     _causal("Helium", "Helium"),
     _causal("Apertus", "Apertus"),
     _causal("Ministral", "Ministral", **_SLIDING),
+    _causal("Ministral 3", "Ministral3"),
     Subject(
         "Gemma 3n",
         "Gemma3nForCausalLM",
@@ -110,11 +116,11 @@ DECODERS = (
             "num_hidden_layers": 4,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
             "num_kv_shared_layers": 2,
-            "hidden_size_per_layer_input": 16,
-            "vocab_size_per_layer_input": VOCABULARY,
-            "laurel_rank": 8,
             "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
         },
+    ),
+    Subject(
+        "Gemma 4", "Gemma4ForCausalLM", "Gemma4TextConfig", "decoder", text, {"num_kv_shared_layers": 0, **_SLIDING}
     ),
 )
 EXPERTS = (
@@ -130,6 +136,7 @@ EXPERTS = (
     _causal("GLM-4-MoE", "Glm4Moe", "experts"),
     _causal("ERNIE 4.5 MoE", "Ernie4_5_Moe", "experts", moe_num_experts=4, moe_k=2, moe_layer_start_index=0),
     _causal("MiniMax-M2", "MiniMaxM2", "experts"),
+    _causal("dots.llm1", "Dots1", "experts"),
     Subject(
         "Llama 4",
         "Llama4ForCausalLM",
@@ -236,6 +243,7 @@ ENCODERS = (
     _encoder("RoFormer", "RoFormer"),
     _encoder("XLM-RoBERTa", "XLMRoberta"),
     _encoder("NomicBERT", "NomicBert"),
+    _encoder("EuroBERT", "EuroBert"),
     _encoder("ESM", "Esm", position_embedding_type="rotary"),
     Subject("UMT5 (encoder)", "UMT5EncoderModel", "UMT5Config", "encoder", sentences),
 )
@@ -255,9 +263,11 @@ VISION = (
     _vision("Swin", "Swin", depths=[1, 1], num_heads=[2, 4], embed_dim=32, window_size=4, patch_size=4),
     _vision("Swin V2", "Swinv2", depths=[1, 1], num_heads=[2, 4], embed_dim=32, window_size=4, patch_size=4),
     _vision("ConvNeXt", "ConvNext", patch_size=4, **_STAGES),
+    _vision("ConvNeXt V2", "ConvNextV2", patch_size=4, **_STAGES),
     _vision("BEiT", "Beit"),
     _vision("DINOv2", "Dinov2"),
     _vision("DINOv3", "DINOv3ViT"),
+    _vision("I-JEPA", "IJepa"),
     _vision("ResNet", "ResNet", embedding_size=16, layer_type="basic", **_STAGES),
     _vision("RegNet", "RegNet", embedding_size=16, groups_width=8, **_STAGES),
     _vision(
@@ -334,10 +344,12 @@ AUDIO = (
         spectrograms,
         {"max_length": 32, "num_mel_bins": 32, "frequency_stride": 8, "time_stride": 8},
     ),
+    Subject("Moonshine", "MoonshineForConditionalGeneration", "MoonshineConfig", "audio", heard),
 )
 _EMBEDDINGS = ("image_embeds", "text_embeds")
 MULTIMODAL = (
     Subject("CLIP", "CLIPModel", "CLIPConfig", "multimodal", captions, {}, _EMBEDDINGS),
+    Subject("MetaCLIP 2", "MetaClip2Model", "MetaClip2Config", "multimodal", captions, {}, _EMBEDDINGS),
     Subject("SigLIP", "SiglipModel", "SiglipConfig", "multimodal", captions, {}, _EMBEDDINGS),
     Subject("SigLIP 2", "Siglip2Model", "Siglip2Config", "multimodal", patches, {}, _EMBEDDINGS),
     Subject("BLIP", "BlipForConditionalGeneration", "BlipConfig", "multimodal", captions, {}),
@@ -357,6 +369,15 @@ MULTIMODAL = (
         "multimodal",
         asked_by_type,
         {"text_config": {"kind": "GemmaConfig"}, "vision_config": {"kind": "SiglipVisionConfig"}},
+        answer_type=1,
+    ),
+    Subject(
+        "Gemma 3 (pictures)",
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        "multimodal",
+        asked_with_places,
+        {"mm_tokens_per_image": PATCHES, "text_config": _SLIDING, "vision_config": {"vision_use_head": False}},
     ),
 )
 SUBJECTS = (*DECODERS, *EXPERTS, *RECURRENT, *ENCODERS, *PAIRS, *VISION, *AUDIO, *MULTIMODAL)

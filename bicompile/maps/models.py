@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
-from transformers.modeling_outputs import BaseModelOutput
 
 from .. import eager_mode
 from ..errors import BatchInvarianceError, UnsupportedOpError
@@ -283,15 +283,16 @@ def _longer(run: _Run, padding: int, length: int) -> Inputs:
     """The inputs, answered, with ``length`` tokens in every row, for a decoder alone ``padding`` more on the left."""
     inputs = dict(run.inputs)
     ids = inputs[run.tokens]
-    asked = padding + ids.shape[1]
-    ids = torch.cat([ids, words(len(ids), length - ids.shape[1], seed=5)], dim=1)
+    answer = length - ids.shape[1]
+    ids = torch.cat([ids, words(len(ids), answer, seed=5)], dim=1)
     if not run.is_pair:
         mask = torch.ones_like(ids)
         ids, mask = (torch.cat([t.new_zeros(len(t), padding), t], dim=1) for t in (ids, mask))
         if "attention_mask" in inputs:
             inputs["attention_mask"] = mask
         if "token_type_ids" in inputs:
-            inputs["token_type_ids"] = (torch.arange(ids.shape[1]) >= asked).long().expand_as(ids)
+            types = F.pad(inputs["token_type_ids"], (padding, 0))
+            inputs["token_type_ids"] = F.pad(types, (0, answer), value=run.subject.answer_type)
         if takes(run.model, "position_ids"):
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     inputs[run.tokens] = ids
@@ -320,7 +321,8 @@ def _in_pieces(run: _Run, model: Any, inputs: Inputs, first: int, then: int) -> 
     """
     of_words = {run.tokens} if run.is_pair else {"input_ids", "position_ids", "token_type_ids"}
     left_out = of_words if run.is_pair else {*of_words, "attention_mask"}
-    rest = {name: value for name, value in inputs.items() if name not in left_out}
+    rest: dict[str, Any] = {name: value for name, value in inputs.items() if name not in left_out}
+    encoded = model.get_encoder()(**rest) if run.is_pair else None
     logits, total = [], inputs[run.tokens].shape[1]
     cache: dict[str, Any] = {}
     for start, stop in itertools.pairwise([0, *range(first, total, then), total]):
@@ -331,7 +333,7 @@ def _in_pieces(run: _Run, model: Any, inputs: Inputs, first: int, then: int) -> 
         rest = {}  # a picture is seen once
         if run.is_pair:
             rest = {name: inputs[name] for name in inputs.keys() & {"attention_mask"}}
-            rest["encoder_outputs"] = BaseModelOutput(last_hidden_state=outputs.encoder_last_hidden_state)
+            rest["encoder_outputs"] = encoded
     return torch.cat(logits, dim=1)
 
 

@@ -36,7 +36,10 @@ raises there too, or its own values differ by more than a thousandth of the larg
 more, one is that of a row alone.
 
 *P1 only*: of P2 something does not hold; the last column says what, by which share of the largest value, and by which
-share stock PyTorch, in the same code of the model, differs there. *refused*: raises `UnsupportedOpError`, which names
+share stock PyTorch, in the same code of the model, differs there. Such is attention that a model writes out as a
+softmax between two products, with padding on the left and more than the 192 keys that a product adds up at once; ALiBi
+counted from the last key (MPT); state spaces and linear attention that cut the tokens of a call into chunks, and have
+another formula for a step. *refused*: raises `UnsupportedOpError`, which names
 an op. *not run*: transformers raises. *wrong*: other values, or bits that move.
 
 *attention*: models that let attention be chosen are loaded with `attn_implementation="batch_invariant"`. *own*: the

@@ -31,20 +31,22 @@ _SIZES: dict[str, Any] = {
     **dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim", "moe_intermediate_size"], 200),
     **dict.fromkeys(["shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"], 200),
     **dict.fromkeys(["num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"], 1),
-    **dict.fromkeys(["num_decoder_layers", "depth"], 1),
+    **dict.fromkeys(["num_decoder_layers", "depth", "encoder_num_hidden_layers", "decoder_num_hidden_layers"], 1),
     **dict.fromkeys(["num_attention_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads"], 4),
-    **dict.fromkeys(["decoder_attention_heads", "linear_num_value_heads"], 4),
+    **dict.fromkeys(["decoder_attention_heads", "linear_num_value_heads", "encoder_num_attention_heads"], 4),
+    "decoder_num_attention_heads": 4,
     **dict.fromkeys(["num_key_value_heads", "linear_num_key_heads"], 2),
-    **dict.fromkeys(["head_dim", "d_kv", "linear_key_head_dim"], 16),
+    **dict.fromkeys(["head_dim", "d_kv", "linear_key_head_dim", "global_head_dim"], 16),
     **dict.fromkeys(["linear_value_head_dim", "v_head_dim", "qk_nope_head_dim", "query_pre_attn_scalar"], 16),
-    **dict.fromkeys(["qk_rope_head_dim", "rotary_dim"], 8),
+    **dict.fromkeys(["qk_rope_head_dim", "rotary_dim", "laurel_rank"], 8),
+    "hidden_size_per_layer_input": 16,
     **dict.fromkeys(["q_lora_rank", "kv_lora_rank"], 32),
     **dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts"], 4),
     "num_experts_per_tok": 2,
     **dict.fromkeys(["n_group", "topk_group", "n_shared_experts", "moe_num_shared_experts"], 1),
     **dict.fromkeys(["max_position_embeddings", "n_positions", "max_source_positions", "max_target_positions"], 256),
     "first_k_dense_replace": 0,
-    "vocab_size": VOCABULARY,
+    **dict.fromkeys(["vocab_size", "vocab_size_per_layer_input"], VOCABULARY),
     "type_vocab_size": 2,
     "sliding_window": WINDOW,
     "attention_window": WINDOW,
@@ -92,6 +94,7 @@ class Subject:
         inputs: makes a batch of ``ROWS`` rows for the configuration.
         overrides: of ``_SIZES``, for this configuration.
         outputs: which of the model's outputs are looked at; all tensors if none is named.
+        answer_type: the token type of what follows the inputs, where tokens have types.
     """
 
     name: str
@@ -101,6 +104,7 @@ class Subject:
     inputs: Callable[[Any], Inputs]
     overrides: dict[str, Any] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
+    answer_type: int = 0
 
     def build(self, attention: str | None) -> Any:
         """The model in eval mode, with finite random weights that need no gradient."""
@@ -208,3 +212,17 @@ def asked_by_type(config: Any) -> Inputs:
     """The same for a model that is told which tokens are the question, which all see each other: type 0, so far all."""
     inputs = asked(config)
     return {**inputs, "token_type_ids": torch.zeros_like(inputs["input_ids"])}
+
+
+def asked_with_places(config: Any) -> Inputs:
+    """The same for a model that is told where the picture is, whose patches see each other: type 1."""
+    inputs = asked(config)
+    return {**inputs, "token_type_ids": (inputs["input_ids"] == PICTURE).long()}
+
+
+def heard(config: Any) -> Inputs:
+    """Sound as it is sampled, and what is written down."""
+    return {
+        "input_values": torch.randn(ROWS, 4000, generator=_generator(4)),
+        "decoder_input_ids": words(ROWS, TOKENS, seed=2),
+    }

@@ -48,7 +48,7 @@ def test_every_suite_measures_its_smallest_case_on_the_cpu(suite: str, tmp_path:
     assert main(["bench", suite, *options, *SMALLEST[suite]]) == 0
     found, output = json.loads(file.read_text()), capsys.readouterr().out
     assert set(found) == {"meta", "rows", "summary"}
-    assert {"device", "driver", "versions", "threads", "date", "commit", "command"} == set(found["meta"])
+    assert {"device", "driver", "versions", "threads", "load", "date", "commit", "command"} == set(found["meta"])
     assert found["summary"] and all(set(entry) == {"value", "bar"} for entry in found["summary"].values())
     assert found["rows"]
     for row in found["rows"]:

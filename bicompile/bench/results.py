@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import re
 import subprocess
@@ -94,7 +95,7 @@ class Report:
 
 
 def meta(device: str = "cpu") -> dict[str, Any]:
-    """Device, driver, versions, threads, date, commit and command of this run."""
+    """Device, driver, versions, threads, the machine's load (processes that want a core), date, commit and command."""
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -107,6 +108,7 @@ def meta(device: str = "cpu") -> dict[str, Any]:
         "driver": None if device == "cpu" else _driver(),
         "versions": versions,
         "threads": torch.get_num_threads(),
+        "load": round(os.getloadavg()[0], 1),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
         "command": _command(sys.argv),

@@ -124,6 +124,8 @@ def counts(rows: Sequence[Row], path: Path) -> None:
         panel.bar_label(panel.barh(names, [row.extra["unique"] for row in shown]))
         panel.axvline(right, color="black", linewidth=0.8)
         panel.set(title=f"{case.rpartition(', ')[2]}: {right} right", xlabel="different answers")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.margins(x=0.1)
         panel.invert_yaxis()
     figure.savefig(path, dpi=100)
     plt.close(figure)

@@ -187,7 +187,6 @@ SPEED = (
         (
             ("float32 linear layers, worst / PyTorch", ZEN4, "matmul", "float32 linear: lowest ratio"),
             ("bfloat16 linear layers, worst / PyTorch", ZEN4, "matmul", "bfloat16 linear: lowest ratio"),
-            ("model prefill bfloat16, worst / eager", ZEN3, "model", "prefill bfloat16 / eager, worst batch size"),
             ("model decode bfloat16, worst / eager", ZEN3, "model", "decode bfloat16 / eager, worst batch size"),
         ),
     ),

@@ -160,9 +160,10 @@ def _driver() -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit that was measured, with a ``+`` where the checkout had changes; ``None`` outside a checkout."""
+    """The commit that was measured, with a ``+`` where the code was changed since; ``None`` outside a checkout."""
     commit = _first_line(["git", "-C", str(_ROOT), "rev-parse", "--short=12", "HEAD"])
-    changed = _first_line(["git", "-C", str(_ROOT), "status", "--porcelain", "--untracked-files=no"])
+    others = [".", f":!{RESULTS.relative_to(_ROOT)}"]  # a run writes there itself
+    changed = _first_line(["git", "-C", str(_ROOT), "status", "--porcelain", "--untracked-files=no", "--", *others])
     return f"{commit}+" if commit and changed else commit
 
 

@@ -87,7 +87,8 @@ class Measured(Suite):
             weights = sum(weight.numel() for weight in llama.parameters())
             extra = {"group": case.group, "series": case.group, "weights": weights}
             extra |= {"ours_us": found.ours.median_us, "theirs_us": found.theirs.median_us}
-            rows.append(Row(str(case), against, found.ratio, same, extra))
+            low, high = found.ratio_spread
+            rows.append(Row(str(case), against, found.ratio, same, extra | {"ratio_low": low, "ratio_high": high}))
         return rows
 
     def summarise(self, report: Report) -> None:

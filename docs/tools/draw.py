@@ -189,7 +189,12 @@ SPEED = (
             ("bfloat16 linear layers, worst / PyTorch", ZEN4, "matmul", "bfloat16 linear: lowest ratio"),
             ("model prefill float32, worst / Inductor", ZEN4, "model", "prefill float32 / inductor, worst batch size"),
             ("model decode float32, worst / Inductor", ZEN4, "model", "decode float32 / inductor, worst batch size"),
-            ("model prefill bfloat16, worst / Inductor", ZEN4, "model", "prefill bfloat16 / inductor, worst batch size"),
+            (
+                "model prefill bfloat16, worst / Inductor",
+                ZEN4,
+                "model",
+                "prefill bfloat16 / inductor, worst batch size",
+            ),
             ("model decode bfloat16, worst / Inductor", ZEN4, "model", "decode bfloat16 / inductor, worst batch size"),
         ),
     ),

@@ -165,7 +165,7 @@ def test_second_derivative_of_attention_is_refused():
 
 # Errors of gradients, in the dtypes that models have.
 
-SEEDS = range(4)
+SEEDS = range(12)
 EMBEDDED = torch.arange(300) % 7
 
 ERRORS: dict[str, Form] = {
@@ -199,7 +199,7 @@ def gradients_of(fn: Callable[..., Tensor], leaves: list[Tensor], incoming: Tens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_of_gradients_are_not_above_stocks(name: str, dtype: torch.dtype):
-    """Against float64, over several draws; up to half as much again, for the errors of two orders scatter."""
+    """Against float64, over many draws; up to a quarter as much again, for the errors of two orders scatter."""
     fn, shapes = ERRORS[name]
     ours, stock = [0.0] * len(shapes), [0.0] * len(shapes)
     for seed in SEEDS:
@@ -212,4 +212,4 @@ def test_errors_of_gradients_are_not_above_stocks(name: str, dtype: torch.dtype)
         for i, truth in enumerate(exact):
             ours[i] += (mine[i].double() - truth).norm().item()
             stock[i] += (theirs[i].double() - truth).norm().item()
-    assert all(a <= 1.5 * b for a, b in zip(ours, stock, strict=True)), (ours, stock)
+    assert all(a <= 1.25 * b for a, b in zip(ours, stock, strict=True)), (ours, stock)

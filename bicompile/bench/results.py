@@ -31,7 +31,8 @@ _INTEL = {
 }  # fmt: skip
 """Server processors of family 6 by model; 85 are Cascade Lake and Cooper Lake too."""
 _ROOT = Path(__file__).resolve().parents[2]
-RESULTS = _ROOT / "examples" / "benchmarks" / "results"
+_KEPT = "examples/benchmarks/results"
+RESULTS = _ROOT / _KEPT
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _driver() -> str | None:
 def _commit() -> str | None:
     """The commit that was measured, with a ``+`` where the code was changed since; ``None`` outside a checkout."""
     commit = _first_line(["git", "-C", str(_ROOT), "rev-parse", "--short=12", "HEAD"])
-    others = [".", f":!{RESULTS.relative_to(_ROOT)}"]  # a run writes there itself
+    others = [".", f":!{_KEPT}"]  # a run writes there itself
     changed = _first_line(["git", "-C", str(_ROOT), "status", "--porcelain", "--untracked-files=no", "--", *others])
     return f"{commit}+" if commit and changed else commit
 

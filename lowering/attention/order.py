@@ -104,6 +104,8 @@ def gpu_order_for(depth: int, dtype: torch.dtype) -> GpuAttentionOrder:
         block = 32
     else:
         block = 128 if depth <= 128 else 64
+    # The maximum is exact. Rounded up to a power of two it would leave the block free, but each weight then needs the
+    # exponent of its score split off, and that took longer than another block saves (prefill on an H200).
     # Small enough for one sequence with 8 heads of keys to fill the device, large enough for few to be merged.
     return GpuAttentionOrder(block=block, lanes=8, splits=((0, 512), (8192, 1024), (16384, 2048)))
 

@@ -20,7 +20,7 @@ from torch import Tensor
 _LIB = torch.library.Library("bicompile", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
-SAMPLE_DIMS: dict[str, tuple[int, ...]] = {
+_DIMS: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(
         """
         _linalg_det _linalg_eigh _linalg_slogdet _linalg_svd cholesky cholesky_inverse linalg_cholesky_ex
@@ -35,6 +35,7 @@ SAMPLE_DIMS: dict[str, tuple[int, ...]] = {
     "linalg_lu_solve": (2, 1, 2),
     "linalg_solve_triangular": (2, 2),
 }
+SAMPLE_DIMS = {name: dims for name, dims in _DIMS.items() if hasattr(torch.ops.aten, name)}  # 2.14 has no cholesky
 """How many of the last dims of each tensor argument are one sample; those before them broadcast."""
 
 TRANSFORMS = ("_fft_c2c", "_fft_c2r", "_fft_r2c")

@@ -66,7 +66,7 @@ DIFFERENTIABLE = {
     "layer_norm": lambda x, w: F.layer_norm(x, (16,), w, w),
     "plain layer_norm": lambda x, w: F.layer_norm(x, (6, 16)),
     "group_norm": lambda x, w: F.group_norm(x, 2, w[:6], w[:6]),
-    "group_norm of channels_last": lambda x, w: F.group_norm(_images(x), 3, w[:6]).permute(0, 2, 3, 1).view(4, -1),
+    "group_norm of channels_last": lambda x, w: F.group_norm(_images(x), 3, w[:6]).permute(0, 2, 3, 1).reshape(4, -1),
     "instance_norm": lambda x, w: F.instance_norm(x, weight=w[:6]),
     "batch_norm": lambda x, w: F.batch_norm(x.mT, w.detach(), POSITIVE.to(w), w, w),
     "batch_norm in training": lambda x, w: F.batch_norm(x.mT, None, None, w, w, training=True),

@@ -37,7 +37,9 @@ def segment_length(index: Node, destinations: Any, positions: Any, dim: int) -> 
         return None
     while index.target in (aten.unsqueeze.default, aten.expand.default):
         index, size = index.all_input_nodes[0], index.args[1]
-        if isinstance(size, int) and size not in (-1, index.meta["val"].dim()):
+        dims = index.meta["val"].dim()
+        # A dim before the scattered one, of unsqueeze, or of expand, which puts new ones in front.
+        if size not in (-1, dims) if isinstance(size, int) else len(size) != dims:
             return None
     if index.target is not aten.sub.Tensor or index.args[1:] != (1,) or index.kwargs:
         return None

@@ -137,7 +137,22 @@ FORMS: dict[str, Form] = {
     "solve": form(lambda a, b: (torch.linalg.solve(a, b), torch.linalg.solve(a.mT, b)), (2, 3, 3), (2, 3, 1)),
     "factors": form(lambda x: (torch.linalg.cholesky(_definite(x)), torch.linalg.inv(x.mT)), (2, 3, 3)),
     "eigenvalues": form(lambda x: (torch.linalg.eigvalsh(_definite(x)), torch.linalg.svdvals(x)), (2, 3, 3)),
+    "bilinear": form(F.bilinear, (2, 3), (2, 4), (2, 3, 4), (2,)),
+    "resizing with antialiasing": form(
+        lambda x: F.interpolate(x, size=(2, 3), mode="bilinear", antialias=True), (1, 2, 4, 5)
+    ),
+    "erfinv": form(lambda x: torch.erfinv(x.tanh()), (2, 3)),
+    "complex products": form(
+        lambda x, y: torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(y)), (3, 2), (3, 2)
+    ),
     "rfft": form(lambda x: torch.view_as_real(torch.fft.rfft(x)), (2, 5)),
+}
+
+
+# Of these PyTorch itself has no second derivative.
+ONCE: dict[str, Form] = {
+    "distances": form(lambda x, y: (torch.cdist(x, y), torch.cdist(x, y, 3.0), F.pdist(x)), (3, 4), (2, 4)),
+    "embedding_bag": form(lambda w: [F.embedding_bag(AT[None], w, mode=m) for m in ("sum", "mean", "max")], (3, 4)),
 }
 
 
@@ -152,6 +167,13 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(name: str)
     with bicompile.eager(allow=_CHECKERS):
         assert torch.autograd.gradcheck(fn, leaves_of(shapes), fast_mode=True)
         assert torch.autograd.gradgradcheck(fn, leaves_of(shapes), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_first_derivatives_are_those_of_finite_differences(name: str):
+    fn, shapes = ONCE[name]
+    with bicompile.eager(allow=_CHECKERS):
+        assert torch.autograd.gradcheck(fn, leaves_of(shapes), fast_mode=True)
 
 
 def test_second_derivative_of_attention_is_refused():

@@ -60,12 +60,16 @@ def with_offsets(x: Tensor, offsets: Tensor) -> Tensor:
     return F.embedding_bag(x.flatten(), TABLE, offsets)
 
 
-def across(x: Tensor) -> Tensor:
+def across(*, unsqueezed: bool) -> Callable[[Tensor], Tensor]:
     """All positions of a column go to one row, in each of as many columns as there are positions."""
-    flat = x.flatten(0, 1)
-    index = torch.searchsorted(torch.arange(0, len(flat), 5), torch.arange(len(flat)), right=True) - 1
-    to = index.unsqueeze(0).expand(len(flat), len(flat))
-    return flat.new_zeros(len(x), len(flat)).scatter_add(0, to, flat @ flat.T)
+
+    def fn(x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        index = torch.searchsorted(torch.arange(0, len(flat), 5), torch.arange(len(flat)), right=True) - 1
+        to = (index.unsqueeze(0) if unsqueezed else index).expand(len(flat), len(flat))
+        return flat.new_zeros(len(x), len(flat)).scatter_add(0, to, flat @ flat.T)
+
+    return fn
 
 
 def reduced(fn: Callable[[Tensor], Tensor]) -> list[int]:
@@ -85,15 +89,24 @@ def test_segments_of_a_row_stay_in_it():
     "fn",
     [
         *(by_segment(4), by_segment(5, right=False), by_segment(5, before=2), by_segment(5, first=5)),
-        *(by_segment(5, more=1), by_segment(5, step=2), across),
+        *(by_segment(5, more=1), by_segment(5, step=2), *(across(unsqueezed=way) for way in (True, False))),
     ],
-    ids=["less than a row", "left", "the one before", "later", "more places", "other places", "columns"],
+    ids=[
+        "less than a row",
+        "left",
+        "the one before",
+        "later",
+        "more places",
+        "other places",
+        "columns",
+        "columns, expanded only",
+    ],
 )
 def test_other_segments_are_not_taken_for_rows(fn: Callable[[Tensor], Tensor]):
     assert reduced(fn) == [30]
 
 
-@pytest.mark.parametrize("fn", [by_segment(10), across], ids=["two rows", "columns"])
+@pytest.mark.parametrize("fn", [by_segment(10), across(unsqueezed=False)], ids=["two rows", "columns"])
 def test_other_segments_cross_the_batch(fn: Callable[[Tensor], Tensor]):
     found = scatters(bicompile.explain(fn, ROWS))
     assert found and {kind for kind, _ in found} == {"cross-batch"}

@@ -72,7 +72,7 @@ class GpuAttentionOrder:
     lanes: int
     splits: tuple[tuple[int, int], ...]
 
-    @property
+    @functools.cached_property
     def levels(self) -> tuple[tuple[int, int, int], ...]:
         """``splits`` as (from this distance on, up to this one, this size), for the kernels."""
         ends = (*(start for start, _ in self.splits[1:]), _NO_END)

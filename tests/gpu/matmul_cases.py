@@ -5,6 +5,7 @@ Triton compiles one kernel at a time in a process, and a schedule has another bi
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -122,3 +123,14 @@ def _run_case(case: Case) -> None:
 def _admit(job: tuple[torch.dtype, OwnSchedule]) -> None:
     dtype, schedule = job
     gpu.admitted_runner(schedule, listed_problem(dtype)[2], DEVICE)
+
+
+@contextlib.contextmanager
+def tf32_allowed(allowed: bool) -> Iterator[None]:
+    """Products of float32 in TF32, or not."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,6 +20,7 @@ from matmul_cases import (
     listed_problem,
     situations,
     spread,
+    tf32_allowed,
     weight,
 )
 from torch import Tensor
@@ -43,16 +42,6 @@ def _compiled() -> None:
     once(compile_beforehand, "matmul")
 
 
-@contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_row_has_the_same_bits_in_any_batch(case):
     differing = [name for name, got, wanted in situations(case) if not same_bits(got, wanted)]
@@ -61,9 +50,9 @@ def test_a_row_has_the_same_bits_in_any_batch(case):
 
 def test_tf32_follows_torchs_setting_and_keeps_the_promise():
     x, w = spread(300, 1024, dtype=torch.float32), weight(1024, 512, True, torch.float32)
-    with _tf32(False):
+    with tf32_allowed(False):
         exact = ops.mm(x, w)
-    with _tf32(True):
+    with tf32_allowed(True):
         rounded = ops.mm(x, w)
         for m in ROWS:
             assert same_bits(ops.mm(x[:m], w), rounded[:m]), m
@@ -90,7 +79,7 @@ def test_the_four_ops_agree(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_ieee_types_have_the_bits_of_the_reference(dtype):
     x, w = spread(9, 150, dtype=dtype), weight(150, 11, True, dtype)
-    with _tf32(False):
+    with tf32_allowed(False):
         ours = ops.mm(x, w)
     assert same_bits(ours.cpu(), reference.gpu_mm(x.cpu(), w.cpu()))
 
@@ -108,7 +97,7 @@ def test_the_sum_has_one_accumulator_that_walks_up_k(dtype):
     for row, (i, j) in enumerate(pairs):
         x[row, i], x[row, j] = huge, -huge
     w = torch.ones(64, k, dtype=dtype, device=DEVICE).t()
-    with _tf32(False):
+    with tf32_allowed(False):
         sums = {m: ops.mm(x.repeat(-(-m // len(pairs)), 1)[:m], w)[: len(pairs), 0] for m in (len(pairs), 64, 300)}
     counts = [round(float(total) / small) for total in sums[64].double()]
     for m, total in sums.items():

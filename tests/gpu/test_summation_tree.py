@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from matmul_cases import DEVICE, HALVES, admissions, in_processes, listed
+from matmul_cases import DEVICE, HALVES, admissions, in_processes, listed, tf32_allowed
 from summing import (
     ATTENTION,
     POSITIVE,
@@ -179,25 +178,15 @@ def test_rows_are_added_as_declared_in_every_batch(case: Case):
 
 @pytest.mark.parametrize("case", PRODUCT_CASES, ids=str)
 def test_products_are_added_as_declared_in_every_batch(case: Case):
-    with _tf32(False):
+    with tf32_allowed(False):
         check(case)
-
-
-@contextlib.contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_tf32_products_are_added_as_declared_in_every_batch():
     n = 200
     declared = grouped(range(n), matmul_order(n, torch.float32, tf32=True).group)
     assert isinstance(declared, SummationTree)
-    with _tf32(True):
+    with tf32_allowed(True):
         found = {rows: tree_in_batch(lambda x: PRODUCTS["addmm"](ops, x), n, rows, device=DEVICE) for rows in (1, 300)}
     for rows, tree in found.items():
         assert_refined(declared, tree, f"TF32, {rows} rows", exactly=False)
@@ -354,7 +343,7 @@ def test_attention_adds_values_and_weights_as_declared_under_every_schedule(sche
 
 @pytest.mark.parametrize("rows", [1, 17, 300])
 def test_attention_adds_as_declared_in_every_batch(rows: int):
-    with _tf32(False):
+    with tf32_allowed(False):
         found = tree_in_batch(lambda x: ATTENTION["sdpa's values"](ops, x), 600, rows, device=DEVICE)
     declared = trees_of_attention(600, 1, torch.float32)["weighted values"]
     assert_same_tree(declared, found, f"values of {rows} rows")

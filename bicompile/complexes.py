@@ -7,7 +7,7 @@ real tensors, and what is done with them is elementwise like anything else.  ``(
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,6 +69,15 @@ def _negative(x: Tensor) -> Any:
     return torch.view_as_complex(-torch.view_as_real(x))
 
 
+def _total(
+    x: Tensor, dim: Sequence[int] | None = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    if not x.is_complex() or (dtype or x.dtype) != x.dtype:
+        return NotImplemented
+    real, imaginary = _parts(x, x.dtype.to_real())
+    return _joined(real.sum(dim, keepdim), imaginary.sum(dim, keepdim))
+
+
 def _polar(length: Tensor, angle: Tensor) -> Tensor:
     return _joined(length * angle.cos(), length * angle.sin())
 
@@ -78,6 +87,7 @@ NORMAL_FORMS: dict[OpOverload, Callable[..., Any]] = {
     **dict.fromkeys((aten.add.Tensor, aten.add.Scalar), _by_parts(_sum)),
     **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar), _by_parts(_difference)),
     aten.neg.default: _negative,
+    **dict.fromkeys((aten.sum.default, aten.sum.dim_IntList), _total),
     aten.complex.default: _joined,
     aten.polar.default: _polar,
 }

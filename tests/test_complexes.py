@@ -34,6 +34,8 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a real tensor that is longer": lambda a, b: a[0] + b.real,
     "with alpha": lambda a, b: torch.add(torch.sub(a, b, alpha=2), b, alpha=0.5j),
     "negative": lambda a, b: -a,
+    "over a dim": lambda a, b: a.sum(0) + b.sum(-1, keepdim=True),
+    "over all": lambda a, b: a.sum() * b,
     "from parts": lambda a, b: torch.complex(a.real, b.imag[0]),
     "polar": lambda a, b: torch.polar(a.real.abs(), b.real) * a,
     "in place": _in_place,
@@ -93,13 +95,26 @@ def test_gradients_of_a_rotation_are_those_of_torch():
         torch.testing.assert_close(torch.autograd.grad(rotated(x, angles), (x,), weights), wanted)
 
 
+def test_gradients_of_a_factor_that_rows_share_are_those_of_torch_compiled_or_not():
+    def turned(x: Tensor, factor: Tensor) -> Tensor:
+        return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(factor))
+
+    x, factor = (torch.randn(*shape, 2, dtype=torch.float64, requires_grad=True) for shape in ((6, 5), (5,)))
+    wanted = torch.autograd.grad(turned(x, factor).sin().sum(), (x, factor))
+    with bicompile.eager():
+        got = torch.autograd.grad(turned(x, factor).sin().sum(), (x, factor))
+    torch.testing.assert_close(got, wanted)
+    compiled = torch.compile(lambda x, factor: turned(x, factor).sin().sum(), backend="batch_invariant")
+    assert same_bits(torch.autograd.grad(compiled(x, factor), (x, factor)), got)
+
+
 def test_stock_products_follow_the_batch():
     """Control: vector and scalar code round otherwise."""
     a, b = numbers(64, 37), numbers(64, 37, seed=1)
     assert not same_bits(torch.cat([x * y for x, y in zip(a, b, strict=True)]), (a * b).flatten())
 
 
-@pytest.mark.parametrize("fn", (torch.exp, torch.sqrt, torch.tanh, torch.abs, lambda x: x / x, lambda x: x.sum(-1)))
+@pytest.mark.parametrize("fn", (torch.exp, torch.sqrt, torch.tanh, torch.abs, lambda x: x / x, lambda x: x.prod(-1)))
 def test_other_functions_of_complex_numbers_are_refused(fn: Callable[[Tensor], Tensor]):
     x = numbers(3, 5)
     with bicompile.eager(), pytest.raises(UnsupportedOpError):

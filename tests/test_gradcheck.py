@@ -143,7 +143,7 @@ FORMS: dict[str, Form] = {
     ),
     "erfinv": form(lambda x: torch.erfinv(x.tanh()), (2, 3)),
     "complex products": form(
-        lambda x, y: torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(y)), (3, 2), (3, 2)
+        lambda x, y: torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(y)), (2, 3, 2), (3, 2)
     ),
     "rfft": form(lambda x: torch.view_as_real(torch.fft.rfft(x)), (2, 5)),
 }

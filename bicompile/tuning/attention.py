@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     splits: dict[str, Found] = {}
     for batch, keys in DECODE:
         p = _problem(batch, 1, keys)
-        span, load = share(gpu.num_pieces(p.order, keys), batch * 8, False, p.order, key.num_sms)
+        span, _, load = share(gpu.num_pieces(p.order, keys), batch * 8, False, p.order, key.num_sms)
         runs = {s: functools.partial(gpu.run, p, replace(s, span=span)) for s in SPLITS if (128, s) in admitted}
         _note(splits.setdefault(load, {}), runs, arguments.ms, f"decode B={batch} S={keys} ({load})")
     best = {load: _fastest(found) for load, found in splits.items()}

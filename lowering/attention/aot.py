@@ -52,7 +52,9 @@ def compilation(
     )  # fmt: skip
     if isinstance(schedule, SplitSchedule):
         del constants["FLAGGED"]
+        columns = depth // schedule.v_programs
         constants |= {"EARLY": tma and schedule.span > 0, "SPLIT": schedule.span > 0}  # early on sm_90, as TMA is
+        constants |= {"V_PROGRAMS": schedule.v_programs, "BDV": columns}
     signature = {a: "i32:16" for a in kernel.arg_names if a not in constants}
     signature |= {a: "i32" for a in _LOOSE if a in signature}
     signature |= {a: f"*{wide}:16" for a in ("lse_ptr", "part_ptr", "stats_ptr") if a in signature}
@@ -61,7 +63,8 @@ def compilation(
     signature |= {a: f"*{name}:16" for a in ("q_ptr", "k_p", "v_p", "out_ptr") if a in signature}
     signature["mask_ptr"] = f"*{name}:16" if mask == "additive" else "*u8:16"
     if tma:
-        signature |= {a: f"tensordesc<{name}[1, 1, {order.block}, {depth}]>" for a in ("k_p", "v_p")}
+        for a, width in (("k_p", depth), ("v_p", constants["BDV"])):
+            signature[a] = f"tensordesc<{name}[1, 1, {order.block}, {width}]>"
     if mask != "none":
         constants["mask_k"] = 1
     label = f"attention {name} {depth} {mask}{' causal' if causal else ''} {schedule}"
@@ -179,7 +182,7 @@ def aot_cases() -> Iterator[Compilation]:
 def _tuned_splits() -> list[SplitSchedule]:
     """What the tables prefer on any architecture, and the same with all splits in one program."""
     found = [s for path in sorted(TABLES.glob("*.json")) for s in read_table(path).splits.values()]
-    return list(dict.fromkeys(replace(s, span=span) for s in found for span in (1, 0)))
+    return list(dict.fromkeys(replace(s, span=n, v_programs=v) for s in found for n, v in ((1, 1), (1, 2), (0, 1))))
 
 
 def _tuned_backward() -> list[tuple[int, BackwardSchedule]]:

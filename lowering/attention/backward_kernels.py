@@ -70,13 +70,13 @@ def walk_keys(
     """Add the blocks of keys from ``start`` to ``stop`` to the gradient of a tile of queries."""
     for n in tl.range(start, stop, BN, num_stages=STAGES):
         if ALL:
-            k = load_rows(k_p, 0, 0, n, None, k_n, depth, BN, BD, EVEN, False)
-            v = load_rows(v_p, 0, 0, n, None, v_n, value_depth, BN, BDV, EVEN_V, False)
+            k = load_rows(k_p, 0, 0, n, 0, None, k_n, depth, BN, BD, EVEN, False)
+            v = load_rows(v_p, 0, 0, n, 0, None, v_n, value_depth, BN, BDV, EVEN_V, False)
             seen = None
             bias = None
         else:
-            k = load_rows(k_p, 0, 0, n, stop, k_n, depth, BN, BD, EVEN, False)
-            v = load_rows(v_p, 0, 0, n, stop, v_n, value_depth, BN, BDV, EVEN_V, False)
+            k = load_rows(k_p, 0, 0, n, 0, stop, k_n, depth, BN, BD, EVEN, False)
+            v = load_rows(v_p, 0, 0, n, 0, stop, v_n, value_depth, BN, BDV, EVEN_V, False)
             seen, bias = seen_and_bias(mask_row, n, query, stop, rows, mask_k, HIDDEN, BM, BN, MASK, CAUSAL, lse.dtype)
         s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=lse.dtype)
         p = weights(s, c, bias, seen, lse, False, "none" if ALL else MASK)
@@ -268,8 +268,8 @@ def key_kernel(
     hk = (bh % kv_heads).to(tl.int64)
     group = heads // kv_heads
     c = scale_of(c_high, c_low, DTYPE)
-    k = load_rows(k_p + b * k_b + hk * k_h, 0, 0, n, keys, k_n, depth, BN, BD, EVEN, False)
-    v = load_rows(v_p + b * v_b + hk * v_h, 0, 0, n, keys, v_n, value_depth, BN, BDV, EVEN_V, False)
+    k = load_rows(k_p + b * k_b + hk * k_h, 0, 0, n, 0, keys, k_n, depth, BN, BD, EVEN, False)
+    v = load_rows(v_p + b * v_b + hk * v_h, 0, 0, n, 0, keys, v_n, value_depth, BN, BDV, EVEN_V, False)
     keys_at = n + tl.arange(0, BN)
     dk = tl.zeros([BN, BD], DTYPE)
     dv = tl.zeros([BN, BDV], DTYPE)
@@ -368,8 +368,8 @@ def mask_kernel(
             hk = h // (heads // kv_heads)
             q = load_queries(q_ptr + b * q_b + h * q_h + at * q_n, alive, depth, BD)
             grad = load_queries(grad_ptr + b * g_b + h * g_h + at * g_n, alive, value_depth, BDV)
-            k = load_rows(k_p + b * k_b + hk * k_h, 0, 0, n, keys, k_n, depth, BN, BD, EVEN, False)
-            v = load_rows(v_p + b * v_b + hk * v_h, 0, 0, n, keys, v_n, value_depth, BN, BDV, EVEN_V, False)
+            k = load_rows(k_p + b * k_b + hk * k_h, 0, 0, n, 0, keys, k_n, depth, BN, BD, EVEN, False)
+            v = load_rows(v_p + b * v_b + hk * v_h, 0, 0, n, 0, keys, v_n, value_depth, BN, BDV, EVEN_V, False)
             stat = (b * heads + h) * queries + query
             lse, delta = statistics(lse_ptr, delta_ptr, stat, alive)
             mask_row = mask_ptr + b * mask_b + h * mask_h + at * mask_q

@@ -73,8 +73,9 @@ def run_splits(p: Problem, schedule: SplitSchedule) -> tuple[Tensor, Tensor]:
     out, lse = new_outputs(p)
     info = row_info(p)
     num_rows, group = batch * heads * queries, heads // kv_heads
-    tail = p.tail(schedule.tma, schedule.stages)
-    k, v = descriptors(p) if schedule.tma else (p.k, p.v)
+    v_programs = schedule.v_programs
+    tail = p.tail(schedule.tma, schedule.stages, v_programs)
+    k, v = descriptors(p, v_programs) if schedule.tma else (p.k, p.v)
     part, stats, splits, programs, early = out, lse, 1, 1, False
     span = max(schedule.span, p.order.splits[0][1])
     if schedule.span > 0:
@@ -84,11 +85,11 @@ def run_splits(p: Problem, schedule: SplitSchedule) -> tuple[Tensor, Tensor]:
         programs = p.order.num_splits(keys, schedule.span)
         early = not INTERPRETED and device_key(p.q.device.index).capability >= (9, 0)
     launch(
-        split_kernel, (batch * kv_heads, cdiv(queries * group, schedule.rows), programs),
+        split_kernel, (batch * kv_heads, cdiv(queries * group, schedule.rows) * v_programs, programs),
         (p.q, k, v, p.mask if p.mask is not None else p.q, info.first, info.hole, info.last, part, stats),
         (queries, keys, heads, kv_heads, splits, span.bit_length() - 1, p.order.even_until(span), *p.scales),
         _strides(p, info),
-        (early, schedule.span > 0, schedule.rows, *tail), schedule.warps, schedule.stages,
+        (early, schedule.span > 0, v_programs, schedule.rows, *tail), schedule.warps, schedule.stages,
     )  # fmt: skip
     if schedule.span > 0:
         at_once = merged_at_once(splits)
@@ -107,15 +108,15 @@ def num_pieces(order: GpuAttentionOrder, keys: int) -> int:
     return cdiv(keys, order.splits[0][1])
 
 
-def descriptors(p: Problem) -> tuple[Any, Any]:
-    """TMA descriptors of keys and values."""
+def descriptors(p: Problem, v_programs: int = 1) -> tuple[Any, Any]:
+    """TMA descriptors of keys and values, of whose columns ``v_programs`` programs take a part each."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     width, value_width = p.widths
     block = p.order.block
     return (
         TensorDescriptor.from_tensor(p.k, [1, 1, block, width]),
-        TensorDescriptor.from_tensor(p.v, [1, 1, block, value_width]),
+        TensorDescriptor.from_tensor(p.v, [1, 1, block, value_width // v_programs]),
     )
 
 

@@ -127,18 +127,18 @@ def splits_in(keys, SPLITS: tl.constexpr):
 
 @triton.jit
 def load_rows(
-    p, b, h, n, stop, step_n, width, BN: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr
+    p, b, h, n, column, stop, step_n, width, BN: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr
 ):
-    """Rows ``n`` to ``n + BN`` of a head's keys or values, [BN, BD]; 0 past ``stop`` and past the depth.
+    """Rows ``n`` to ``n + BN`` of a head's keys or values from ``column``, [BN, BD]; 0 past ``stop`` and the depth.
 
     With TMA, ``p`` is a descriptor of [batch, heads, rows, depth]; else it points to the head's first row, and
-    ``stop`` None says that all rows exist.  EVEN: BD is the depth.
+    ``stop`` None says that all rows exist.  EVEN: so do all columns.
     """
     if TMA:
-        return tl.reshape(p.load([b, h, n, 0]), [BN, BD])
+        return tl.reshape(p.load([b, h, n, column]), [BN, BD])
     else:
         rows = tl.arange(0, BN)
-        cols = tl.arange(0, BD)
+        cols = column + tl.arange(0, BD)
         at = p + n * tl.cast(step_n, tl.int64) + rows[:, None] * step_n + cols[None, :]
         if stop is None:
             if EVEN:
@@ -191,7 +191,7 @@ def seen_and_bias(
 
 @triton.jit
 def walk(
-    M, W, Y, m, w, acc, part, q, k_p, v_p, b, hk, anchor, start, stop, k_n, v_n, depth, value_depth, c,
+    M, W, Y, m, w, acc, part, q, k_p, v_p, b, hk, anchor, start, stop, column, k_n, v_n, depth, value_depth, c,
     mask_row, query, alive, mask_k, hidden, part_ptr, stats_ptr, splits, row_id,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
     LANES: tl.constexpr, ALL: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, PARTS: tl.constexpr,
@@ -200,22 +200,25 @@ def walk(
 ):  # fmt: skip
     """Blocks of keys from ``start`` to ``stop``; ALL: every row sees all of them.
 
-    Where a split ends, its sums are merged with those before it or, with PARTS, stored as number ``part``.
+    Where a split ends, its sums are merged with those before it or, with PARTS, stored as number ``part``.  ``acc`` has
+    BDV columns of the values, from ``column``.
     """
     for n in tl.range(start, stop, BN, num_stages=STAGES):
         if ALL:
-            k = load_rows(k_p, b, hk, n, None, k_n, depth, BN, BD, EVEN, TMA)
-            v = load_rows(v_p, b, hk, n, None, v_n, value_depth, BN, BDV, EVEN_V, TMA)
+            k = load_rows(k_p, b, hk, n, 0, None, k_n, depth, BN, BD, EVEN, TMA)
+            v = load_rows(v_p, b, hk, n, column, None, v_n, value_depth, BN, BDV, EVEN_V, TMA)
             m, w, acc = step(q, k, v, m, w, acc, c, None, None, BM, BN, LANES, "all")
         else:
-            k = load_rows(k_p, b, hk, n, stop, k_n, depth, BN, BD, EVEN, TMA)
-            v = load_rows(v_p, b, hk, n, stop, v_n, value_depth, BN, BDV, EVEN_V, TMA)
+            k = load_rows(k_p, b, hk, n, 0, stop, k_n, depth, BN, BD, EVEN, TMA)
+            v = load_rows(v_p, b, hk, n, column, stop, v_n, value_depth, BN, BDV, EVEN_V, TMA)
             seen, bias = seen_and_bias(mask_row, n, query, stop, alive, mask_k, hidden, BM, BN, MASK, CAUSAL, m.dtype)
             how: tl.constexpr = "biased" if MASK == "additive" else "some"
             m, w, acc = step(q, k, v, m, w, acc, c, bias, seen, BM, BN, LANES, how)
         if ends_split(n - anchor + BN, SPLITS):
             if PARTS:
-                store_part(part_ptr, stats_ptr, part, splits, row_id, alive, m, w, acc, value_depth, BM, BDV, LANES)
+                store_part(
+                    part_ptr, stats_ptr, part, splits, row_id, alive, m, w, acc, column, value_depth, BM, BDV, LANES
+                )
                 part += 1
             else:
                 M, W, Y = merge(M, W, Y, m, fold_all(w, BM, LANES), acc)
@@ -227,12 +230,12 @@ def walk(
 
 @triton.jit
 def store_part(
-    part_ptr, stats_ptr, part, splits, row_id, rows, m, w, acc, value_depth, BM: tl.constexpr, BDV: tl.constexpr,
-    LANES: tl.constexpr,
+    part_ptr, stats_ptr, part, splits, row_id, rows, m, w, acc, column, value_depth, BM: tl.constexpr,
+    BDV: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Store the sums of split number ``part`` for ``rows``."""
     at = row_id * splits + part
-    cols = tl.arange(0, BDV)
+    cols = column + tl.arange(0, BDV)
     mask = rows[:, None] & (cols < value_depth)[None, :]
     tl.store(part_ptr + at[:, None] * value_depth + cols[None, :], acc, mask=mask)
     tl.store(stats_ptr + at * 2, m, mask=rows)
@@ -263,12 +266,12 @@ def tile_pass(
     acc = tl.zeros([BM, BDV], DTYPE)
     whole = start_of(anchor, whole, BN)
     M, W, Y, m, w, acc, _ = walk(
-        M, W, Y, m, w, acc, 0, q, k_p, v_p, b, hk, anchor, anchor, whole, k_n, v_n, depth, value_depth, c,
+        M, W, Y, m, w, acc, 0, q, k_p, v_p, b, hk, anchor, anchor, whole, 0, k_n, v_n, depth, value_depth, c,
         mask_row, query, rows, mask_k, HIDDEN, q, q, 0, query, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK != "additive",
         MASK, CAUSAL, False, TMA, STAGES, SPLITS,
     )  # fmt: skip
     M, W, Y, m, w, acc, _ = walk(
-        M, W, Y, m, w, acc, 0, q, k_p, v_p, b, hk, anchor, whole, stop, k_n, v_n, depth, value_depth, c,
+        M, W, Y, m, w, acc, 0, q, k_p, v_p, b, hk, anchor, whole, stop, 0, k_n, v_n, depth, value_depth, c,
         mask_row, query, rows, mask_k, HIDDEN, q, q, 0, query, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, False,
         MASK, CAUSAL, False, TMA, 1, SPLITS,
     )  # fmt: skip

@@ -96,13 +96,13 @@ class Problem:
         """Depths of keys and values as the kernels hold them."""
         return padded(self.q.shape[3]), padded(self.v.shape[3])
 
-    def tail(self, tma: bool, stages: int) -> tuple[Any, ...]:
+    def tail(self, tma: bool, stages: int, v_programs: int = 1) -> tuple[Any, ...]:
         """The constants that the forward kernels end with."""
         q, v, order = self.q, self.v, self.order
         width, value_width = self.widths
         return (
-            order.block, width, value_width, width == q.shape[3], value_width == v.shape[3], order.lanes, self.kind,
-            self.causal, self.hidden, tma, stages, TYPES[q.dtype], order.levels,
+            order.block, width, value_width // v_programs, width == q.shape[3], value_width == v.shape[3], order.lanes,
+            self.kind, self.causal, self.hidden, tma, stages, TYPES[q.dtype], order.levels,
         )  # fmt: skip
 
 

@@ -45,6 +45,8 @@ class SplitSchedule:
         stages: blocks of keys in flight.
         span: keys that one program takes, a power of two up to 16 of the smallest splits, and one split at least; 0
             for all, and then nothing is left to merge.
+        v_programs: programs that share the columns of the values, a power of two; each scores the keys anew.  More than
+            one needs a ``span`` above 0.
         tma: whether keys and values come by TMA (sm_90 and newer).
     """
 
@@ -53,6 +55,7 @@ class SplitSchedule:
     stages: int
     span: int = 1
     tma: bool = False
+    v_programs: int = 1
 
 
 @dataclass(frozen=True)
@@ -195,15 +198,17 @@ def split_schedules(
         return [SplitSchedule(32, 8, 2), reference]
     # The table was measured for one tile of 16 rows, as decoding has it.
     table = table_of(device)
-    span, load = share(pieces, programs, masked, gpu_order_for(max(widths), dtype), device.num_sms)
+    span, taken, load = share(pieces, programs, masked, gpu_order_for(max(widths), dtype), device.num_sms)
     found = [table.splits[load]] if table and load in table.splits else []
     found += [replace(s, tma=False) for s in found if s.tma]
     found.append(SplitSchedule(16, 4, 2))
-    return [*(replace(s, span=span) for s in found), reference]
+    # What one multiprocessor can read in a time limits few programs: half of them had nothing to do.
+    v_programs = 2 if span > 0 and widths[1] >= 64 and 2 * taken <= device.num_sms else 1
+    return [*(replace(s, span=span, v_programs=v_programs) for s in found), reference]
 
 
-def share(pieces: int, programs: int, masked: bool, order: GpuAttentionOrder, num_sms: int) -> tuple[int, str]:
-    """The span with which ``programs`` rows of ``pieces`` pieces end soonest, and the load that this makes.
+def share(pieces: int, programs: int, masked: bool, order: GpuAttentionOrder, num_sms: int) -> tuple[int, int, str]:
+    """The span with which ``programs`` rows of ``pieces`` pieces end soonest, the programs it makes, and their load.
 
     Under a mask, rows may see different numbers of keys, and the smallest programs level that.
     """
@@ -217,7 +222,8 @@ def share(pieces: int, programs: int, masked: bool, order: GpuAttentionOrder, nu
     # The first keys of a program arrive about as late as a quarter of a piece takes (an H100, heads of 128).
     taken = min(choices, key=lambda taken: waves_of(taken) * (taken + 0.25))
     span = 0 if taken == pieces else taken * order.splits[0][1]
-    return span, load_of(cdiv(pieces, taken) * programs, num_sms)
+    made = cdiv(pieces, taken) * programs
+    return span, made, load_of(made, num_sms)
 
 
 def merged_at_once(splits: int) -> int:

@@ -27,8 +27,8 @@ from .kernels import (
 
 @triton.jit
 def split_pass(
-    near, far, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query, mask_k,
-    part_ptr, stats_ptr, splits, row_id, out_row, lse_row,
+    near, far, anchor, whole, stop, column, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query,
+    mask_k, part_ptr, stats_ptr, splits, row_id, out_row, lse_row,
     SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr,
     EVEN_V: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
@@ -36,7 +36,7 @@ def split_pass(
 ):  # fmt: skip
     """``rows`` of a tile over the splits from ``near`` to ``far`` keys after the anchor; each split's sums are stored.
 
-    Without SPLIT, over all their keys.
+    Without SPLIT, over all their keys.  BDV columns of the values, from ``column``.
     """
     if not SPLIT:
         tile_pass(
@@ -54,18 +54,18 @@ def split_pass(
         acc = tl.zeros([BM, BDV], DTYPE)
         whole = tl.maximum(start_of(anchor, tl.minimum(whole, stop), BN), start)
         _, _, _, m, w, acc, part = walk(
-            m, m, acc, m, w, acc, part, q, k_p, v_p, b, hk, anchor, start, whole, k_n, v_n, depth, value_depth, c,
-            mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, splits, row_id, BM, BN, BD, BDV, EVEN,
-            EVEN_V, LANES, MASK != "additive", MASK, CAUSAL, True, TMA, STAGES, SPLITS,
+            m, m, acc, m, w, acc, part, q, k_p, v_p, b, hk, anchor, start, whole, column, k_n, v_n, depth,
+            value_depth, c, mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, splits, row_id, BM, BN, BD, BDV,
+            EVEN, EVEN_V, LANES, MASK != "additive", MASK, CAUSAL, True, TMA, STAGES, SPLITS,
         )  # fmt: skip
         _, _, _, m, w, acc, part = walk(
-            m, m, acc, m, w, acc, part, q, k_p, v_p, b, hk, anchor, whole, stop, k_n, v_n, depth, value_depth, c,
-            mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, splits, row_id, BM, BN, BD, BDV, EVEN,
-            EVEN_V, LANES, False, MASK, CAUSAL, True, TMA, 1, SPLITS,
+            m, m, acc, m, w, acc, part, q, k_p, v_p, b, hk, anchor, whole, stop, column, k_n, v_n, depth,
+            value_depth, c, mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, splits, row_id, BM, BN, BD, BDV,
+            EVEN, EVEN_V, LANES, False, MASK, CAUSAL, True, TMA, 1, SPLITS,
         )  # fmt: skip
         # Blocks that reach past ``stop`` may have ended the last split; else it is stored here.
         if anchor + split_start(part, log2_of(SPLITS[0][2]), SPLITS[0][1], SPLITS) < stop:
-            store_part(part_ptr, stats_ptr, part, splits, row_id, rows, m, w, acc, value_depth, BM, BDV, LANES)
+            store_part(part_ptr, stats_ptr, part, splits, row_id, rows, m, w, acc, column, value_depth, BM, BDV, LANES)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads", "splits", "shift", "even"])
@@ -73,14 +73,16 @@ def split_kernel(
     q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, part_ptr, stats_ptr,
     queries, keys, heads, kv_heads, splits, shift, even, c_high, c_low,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth, value_depth,
-    EARLY: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    EVEN: tl.constexpr, EVEN_V: tl.constexpr, LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
-    HIDDEN: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    EARLY: tl.constexpr, SPLIT: tl.constexpr, V_PROGRAMS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr, LANES: tl.constexpr,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, TMA: tl.constexpr, STAGES: tl.constexpr,
+    DTYPE: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
     """BM rows, which are the queries of a group of heads, over the splits of ``2**shift`` keys, but one split at least.
 
-    Grid: (batch * kv heads, tiles, programs that share the keys), the last keys first: their splits are the longest.
+    Grid: (batch * kv heads, tiles * V_PROGRAMS that have BDV columns of the values each, programs that share the keys),
+    the last keys first: their splits are the longest.
     Without SPLIT one program takes all keys, and ``part_ptr`` and ``stats_ptr`` are the output and its statistics.
 
     Row ``r`` is query ``r // group`` under the group's head ``r % group``: heads that share keys share their loads.
@@ -95,7 +97,8 @@ def split_kernel(
     b = bh // kv_heads
     hk = bh % kv_heads
     group = heads // kv_heads
-    row = tl.program_id(1) * BM + tl.arange(0, BM)
+    row = tl.program_id(1) // V_PROGRAMS * BM + tl.arange(0, BM)
+    column = tl.program_id(1) % V_PROGRAMS * BDV
     query = row // group
     h = hk * group + row % group
     alive = query < queries
@@ -116,9 +119,9 @@ def split_kernel(
             stop = tl.minimum(keys, tl.max(tl.where(alive, query, 0), 0) + 1)
             whole = tl.minimum(keys, tl.min(query, 0) + 1)
         split_pass(
-            near, far, 0, whole, stop, alive, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, query, query, mask_k,
-            part_ptr, stats_ptr, splits, row_id, out_row, lse_row, SPLIT, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK,
-            CAUSAL, HIDDEN, TMA, STAGES, DTYPE, SPLITS,
+            near, far, 0, whole, stop, column, alive, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, query, query,
+            mask_k, part_ptr, stats_ptr, splits, row_id, out_row, lse_row, SPLIT, BM, BN, BD, BDV, EVEN, EVEN_V, LANES,
+            MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE, SPLITS,
         )  # fmt: skip
     else:
         mask_row = mask_ptr + b64 * mask_b + h.to(tl.int64) * mask_h + query.to(tl.int64) * mask_q
@@ -134,9 +137,9 @@ def split_kernel(
             stop = tl.max(tl.where(rows, last, 0), 0)
             whole = tl.min(tl.where(rows, hole, keys), 0)
             split_pass(
-                near, far, anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row,
-                query, mask_k, part_ptr, stats_ptr, splits, row_id, out_row, lse_row, SPLIT, BM, BN, BD, BDV, EVEN,
-                EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE, SPLITS,
+                near, far, anchor, whole, stop, column, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c,
+                mask_row, query, mask_k, part_ptr, stats_ptr, splits, row_id, out_row, lse_row, SPLIT, BM, BN, BD, BDV,
+                EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE, SPLITS,
             )  # fmt: skip
             anchor = tl.min(tl.where(first > anchor, first, keys), 0)
 

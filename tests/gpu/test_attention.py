@@ -142,6 +142,7 @@ def test_tiles_and_splits_have_the_same_bits(causal: bool):
     p = problem_of("sdpa", q, k, v, None, causal, SCALE)
     expected = gpu.run(p, REFERENCE)
     splits = [SplitSchedule(16, 4, 1, span) for span in (1, 2048, 8192, 0)] + [SplitSchedule(32, 8, 2)]
+    splits += [SplitSchedule(16, 4, 3, 512, tma, 2) for tma in (False, True)]
     for schedule in (TileSchedule(64, 8, 1), *splits):
         assert same_bits(gpu.run(p, schedule), expected)
 

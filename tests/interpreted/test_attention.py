@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -186,12 +187,24 @@ def test_programs_share_the_splits_of_a_row_in_any_way():
         assert same_bits(gpu.run_splits(p, SplitSchedule(16, 4, 1, span)), wanted)
 
 
+@pytest.mark.parametrize(("value_depth", "masked"), [(64, False), (50, True)])
+def test_programs_share_the_columns_of_the_values(value_depth: int, masked: bool):
+    q, k, v = inputs(torch.float32, queries=3, keys=700, value_depth=value_depth)
+    mask = torch.rand(1, 1, 3, 700, generator=torch.Generator().manual_seed(0)) < 0.8 if masked else None
+    p = gpu.problem_of("sdpa", q, k, v, mask, not masked, SCALE)
+    wanted, wanted_lse = gpu.run_splits(p, SPLIT)
+    for v_programs in (2, 4):
+        out, lse = gpu.run_splits(p, replace(SPLIT, v_programs=v_programs))
+        assert close(out, wanted, q.dtype)  # NumPy's products have other bits for other widths
+        assert same_bits(lse, wanted_lse)
+
+
 def test_spans_follow_the_number_of_programs():
     order = gpu_order_for(128, torch.bfloat16)
-    assert share(4, 8, False, order, 132) == (512, "few")
-    assert share(64, 8, False, order, 132) == (2048, "few")
-    assert share(4, 128, False, order, 132) == (0, "few")
-    assert share(64, 8, True, order, 132) == (512, "some")
+    assert share(4, 8, False, order, 132) == (512, 32, "few")
+    assert share(64, 8, False, order, 132) == (2048, 128, "few")
+    assert share(4, 128, False, order, 132) == (0, 128, "few")
+    assert share(64, 8, True, order, 132) == (512, 512, "some")
     assert share(1, 8, True, order, 132)[0] == 0
 
 

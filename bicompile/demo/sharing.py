@@ -1,8 +1,9 @@
 """Compile a Llama's decoder layer once and run all its layers through it.
 
 Compiled whole, a model of thirty layers is thirty copies of the same code, and every one costs compile time.  Here
-the layer is the unit: ``torch.compile`` sees one function of one layer, whose weights are graph inputs, and batch,
-queries and keys are marked as unbacked, so that one graph serves every layer, prefill and decode, in any batch.  What
+the layer is the unit: ``torch.compile`` sees one function of one layer, whose weights are graph inputs.  With
+``one_graph``, batch, queries and keys are marked as unbacked, so that one graph serves every layer, prefill and decode,
+in any batch; without, there are a few graphs, which know a batch or a query of one and are faster for it.  What
 surrounds the layers (rotary table, final norm and output projection) is compiled too; embedding lookup and mask
 building are exact in eager mode.
 """
@@ -10,6 +11,7 @@ building are exact in eager mode.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,18 +37,16 @@ def one_graph_settings() -> Iterator[None]:
         yield
 
 
-def share_layers(model: Any, compile: Compiler, attention: str = "batch_invariant") -> None:
+def share_layers(model: Any, compile: Compiler, attention: str = "batch_invariant", *, one_graph: bool = True) -> None:
     """Rewire ``model`` (a ``LlamaForCausalLM``), in place, to run on three compiled functions.
 
-    Run the model inside :func:`one_graph_settings`, and with a cache.  ``attention`` is transformers' name of one: ours
-    asks no sizes, and one graph takes any number of queries; with PyTorch's, ``"sdpa"``, there are a few graphs, and
-    a mask only where transformers makes one.
+    Run the model inside :func:`one_graph_settings`, and with a cache.  ``attention`` is transformers' name of one;
+    ``one_graph`` needs ours, which asks no sizes.
     """
     model.set_attn_implementation(attention)
-    unbacked = attention == "batch_invariant"
     run_layer = compile(_layer)
     model.model.layers = nn.ModuleList(
-        _SharedLayer(layer, index, run_layer, unbacked) for index, layer in enumerate(model.model.layers)
+        _SharedLayer(layer, index, run_layer, one_graph) for index, layer in enumerate(model.model.layers)
     )
     model.lm_head = _Head(model.model.norm, model.lm_head, compile(_head))
     model.model.norm = nn.Identity()  # _Head applies it, after generate() has dropped the rows it does not need
@@ -99,9 +99,9 @@ def _rotary(rotary: nn.Module, like: Tensor, positions: Tensor) -> tuple[Tensor,
 class _SharedLayer(nn.Module):
     """Layer ``index`` of the model: unpacks the cache that transformers hands it and calls the shared graph."""
 
-    def __init__(self, layer: Any, index: int, run: Callable[..., Any], unbacked: bool) -> None:
+    def __init__(self, layer: Any, index: int, run: Callable[..., Any], one_graph: bool) -> None:
         super().__init__()
-        self.layer, self.index, self.run, self.unbacked = layer, index, run, unbacked
+        self.layer, self.index, self.run, self.one_graph = layer, index, run, one_graph
         layer.self_attn.layer_idx = 0  # else the number would be a constant of the graph
 
     def forward(
@@ -122,7 +122,7 @@ class _SharedLayer(nn.Module):
             slot.lazy_initialization(*past)
         batch, length = hidden.shape[:2]
         cos, sin = (table.expand(batch, -1, -1) for table in position_embeddings)
-        if self.unbacked:
+        if self.one_graph:
             if attention_mask is None:
                 attention_mask = _causal(batch, length, past[0].shape[0], hidden.device)
             for tensor, dims in ((hidden, (0, 1)), (attention_mask, (0, 2, 3)), (cos, (0, 1)), (sin, (0, 1))):
@@ -140,6 +140,7 @@ def _time_first(heads_first: Tensor) -> Tensor:
     return time_first.reshape(-1).view(time_first.shape)
 
 
+@functools.lru_cache(maxsize=1)  # the layers of one step ask for the same
 def _causal(batch: int, length: int, past: int, device: torch.device) -> Tensor:
     """The mask transformers leaves out where nothing is padded: a query sees the past and itself."""
     visible = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)

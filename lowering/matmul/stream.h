@@ -24,6 +24,8 @@ void stream_columns(const Operand<T>& right, int64_t column, int there, int64_t 
   constexpr int kStep = P::kLanes * P::kPair;
   const T* from[P::kLanes];
   for (int j = 0; j < P::kLanes; j++) from[j] = right.at(column + (j < there ? j : there - 1), 0);
+  // Short columns end before the processor's own prefetcher has understood them; the next ones are asked for meanwhile.
+  const int64_t to_next = depth_k * int64_t(sizeof(T)) <= 4096 ? P::kLanes * right.line_stride : 0;
   Vec total[Rows];
   for (int i = 0; i < Rows; i++) total[i] = splat(Element(0));
   for (int64_t k = 0; k < depth_k; k += kBlock, left += Rows * P::kRowStride) {
@@ -35,7 +37,10 @@ void stream_columns(const Operand<T>& right, int64_t column, int there, int64_t 
     for (; done + kStep <= block; done += kStep) {
       Vec v[P::kLanes];
 #pragma GCC unroll 16
-      for (int j = 0; j < P::kLanes; j++) v[j] = load_along(from[j] + k + done);
+      for (int j = 0; j < P::kLanes; j++) {
+        v[j] = load_along(from[j] + k + done);
+        __builtin_prefetch(from[j] + to_next + k + done, 0, 2);
+      }
       transpose(v);
 #pragma GCC unroll 16
       for (int e = 0; e < P::kLanes; e++) {

@@ -22,7 +22,7 @@ from bicompile.lowering import loading
 from ..results import Report, Row
 from ..suite import Suite
 from .llama import model, tokens
-from .smollm import COMPILERS, compiled, decode, one_graph_for_all_layers, prefill
+from .smollm import COMPILERS, compiled, decode, one_function_for_all_layers, prefill
 
 PAIRS = 2
 
@@ -75,7 +75,7 @@ def first_call(compiler: str, layers: int) -> float:
 
 def first_calls(compiler: str) -> float:
     """Seconds of the first calls of one row and of two, of one token and of many."""
-    with one_graph_for_all_layers():
+    with one_function_for_all_layers():
         smollm = compiled(torch.float32, compiler, quick=False)
         start = time.perf_counter()
         for batch in (2, 1):

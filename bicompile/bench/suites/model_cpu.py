@@ -20,7 +20,7 @@ from bicompile.testing import same_bits
 from ..results import Report, Row
 from ..suite import Settings, Suite
 from ..timing import Comparison, compare, interleaved
-from .smollm import COMPILERS, PREFILL, compiled, decode, one_graph_for_all_layers, prefill, stock
+from .smollm import COMPILERS, PREFILL, compiled, decode, one_function_for_all_layers, prefill, stock
 
 BATCHES = (1, 4, 8)
 BASELINES = ("eager", "inductor")
@@ -64,7 +64,7 @@ class Measured(Suite):
 
     def ready(self, cases: Sequence[Case | str]) -> AbstractContextManager[object]:
         """Dynamo's settings."""
-        return one_graph_for_all_layers()
+        return one_function_for_all_layers()
 
     def measure(self, case: Case | str) -> list[Row]:
         """Time one call, in turns."""

@@ -17,6 +17,7 @@ from torch._inductor import list_mode_options
 
 from .errors import OptionError
 from .lowering import native
+from .lowering.elementwise.codegen_cpu import CONTRACT_FLAG
 from .lowering.elementwise.codegen_cpu import signature as cpu_signature
 from .lowering.elementwise.codegen_gpu import signature as gpu_signature
 
@@ -27,7 +28,7 @@ _PINNED: dict[str, Any] = {
     "eager_numerics.division_rounding": True,
     "use_fast_math": False,
     "cpp.enable_unsafe_math_opt_flag": False,
-    "cpp.enable_floating_point_contract_flag": "off",
+    "cpp.enable_floating_point_contract_flag": CONTRACT_FLAG,
     # Rewrites that depend on shapes or on what stands next to an op.
     "pattern_matcher": False,
     "joint_graph_constant_folding": False,

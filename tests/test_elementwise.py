@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._inductor import config as inductor_config
 from torch._inductor import metrics
 from torch._inductor.codegen import cpp
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -21,7 +22,12 @@ import bicompile
 from bicompile.errors import UnsupportedOpError
 from bicompile.lowering import native
 from bicompile.lowering.elementwise import codegen_cpu
-from bicompile.lowering.elementwise.codegen_cpu import materialise_headers, pinned_cpu_codegen, signature
+from bicompile.lowering.elementwise.codegen_cpu import (
+    CONTRACT_FLAG,
+    materialise_headers,
+    pinned_cpu_codegen,
+    signature,
+)
 from bicompile.lowering.elementwise.op import PINNED_BINARY, PINNED_UNARY
 from bicompile.testing import same_bits
 
@@ -52,7 +58,7 @@ def _inductor(*, pinned: bool = True, **settings: Any) -> Callable[..., Any]:
     def inner(gm: Any, inputs: Any, **options: Any) -> Any:
         if not pinned:
             return compile_fx_inner(gm, inputs, **options)
-        with pinned_cpu_codegen():
+        with pinned_cpu_codegen(), inductor_config.patch("cpp.enable_floating_point_contract_flag", CONTRACT_FLAG):
             return compile_fx_inner(gm, inputs, **options)
 
     return lambda gm, inputs: compile_fx(gm, inputs, inner_compile=inner, config_patches={**_SETTINGS, **settings})

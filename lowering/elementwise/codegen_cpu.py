@@ -83,6 +83,12 @@ _HALVES = (torch.bfloat16, torch.float16)
 _BYTES = (torch.int8, torch.uint8)
 
 
+CONTRACT_FLAG = "off -fwrapv"
+"""For Inductor's ``cpp.enable_floating_point_contract_flag``, which the compiler gets as it is: no contraction, and a
+second flag with it.  Without that, g++ takes it that no integer of scalar code overflows, while vector code wraps
+around, as eager does."""
+
+
 class CodegenError(RuntimeError):
     """This torch's C++ code generator is not the one that bicompile knows how to pin."""
 
@@ -338,14 +344,14 @@ def _including(stock: Callable[..., str]) -> Callable[..., str]:
 
 
 def _check_flags() -> None:
-    """Multiplications and additions must stay two roundings, in the order written."""
-    contract = getattr(config.cpp, "enable_floating_point_contract_flag", "off")
+    """Multiplications and additions must stay two roundings, in the order written; integers must wrap around."""
+    contract = config.cpp.enable_floating_point_contract_flag
     unsafe = getattr(config.cpp, "enable_unsafe_math_opt_flag", False)
-    if contract not in (False, "off") or unsafe:
+    if contract != CONTRACT_FLAG or unsafe:
         from bicompile.errors import OptionError
 
         raise OptionError(
             f"cpp.enable_floating_point_contract_flag={contract!r}, cpp.enable_unsafe_math_opt_flag={unsafe!r}: "
-            f"expected 'off' and False, because the C++ compiler would round differently from kernel to kernel. "
-            f"Unset both."
+            f"expected {CONTRACT_FLAG!r} and False, because the C++ compiler would round differently from kernel to "
+            f"kernel, or take it that integers never overflow. Unset both."
         )

@@ -1,6 +1,6 @@
-"""Layer and group norm, forward and backward, as our ops of ``lowering.norm``.
+"""Layer and group norm, forward and backward, as our ops of ``lowering.norm``; batch norm as sums and pointwise ops.
 
-They are put in place while a graph is traced, not by a pass, because of what lies between forward and backward: ATen
+The ops are put in place while a graph is traced, not by a pass, because of what lies between forward and backward: ATen
 says that the statistics of a half-precision norm are rounded to that precision there, and a pass, which sees forward
 and backward one by one, could only keep to it.  Here the backward gets them as they were computed.
 
@@ -10,11 +10,14 @@ sum over the rows in one fixed order; those that nobody asked for are not comput
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp.decompositions import native_batch_norm_helper
 from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
 
@@ -22,6 +25,10 @@ aten = torch.ops.aten
 bicompile = torch.ops.bicompile
 
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _compute(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _layer_norm(x: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
@@ -96,9 +103,110 @@ def _group_norm_backward(
     return _gradients("group_norm", grad, x, groups, mean, rstd, weight, dtype, output_mask)
 
 
+def _spread(channels: Tensor, x: Tensor) -> Tensor:
+    """``channels`` [C], in the shape that broadcasts over ``x`` [N, C, ...]."""
+    return channels.reshape([-1 if d == 1 else 1 for d in range(x.dim())])
+
+
+def _batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    functional: bool = False,
+) -> tuple[Tensor, ...]:
+    """PyTorch's form.  A kernel of its own takes the root: else compiled code takes it anew for every element."""
+    if not training or x.device.type != "cpu":
+        stock: Any = native_batch_norm_helper(
+            x, weight, bias, running_mean, running_var, training, momentum, eps, functional
+        )
+        return tuple(stock if functional else stock[:3])
+    axes = [d for d in range(x.dim()) if d != 1]
+    var, mean = torch.var_mean(x.to(_compute(x)), axes, correction=0)
+    rstd = bicompile.unary(var + eps, "rsqrt")
+    y = (x - _spread(mean, x)) * _spread(rstd, x)
+    if weight is not None:
+        y = y * _spread(weight, x)
+    if bias is not None:
+        y = y + _spread(bias, x)
+    found = y.to(x.dtype), mean.to(x.dtype), rstd.to(x.dtype)
+    if running_mean is None or running_var is None:
+        return found
+    n = math.prod(x.shape[d] for d in axes)
+    updated = [
+        momentum * new + (1 - momentum) * running
+        for new, running in ((mean, running_mean), (var * (n / (n - 1)), running_var))
+    ]
+    if functional:
+        return (*found, *updated)
+    running_mean.copy_(updated[0])
+    running_var.copy_(updated[1])
+    return found
+
+
+def _batch_norm_without_statistics(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, training: bool, momentum: float, eps: float
+) -> tuple[Tensor, ...]:
+    return _batch_norm(x, weight, bias, None, None, training, momentum, eps)
+
+
+def _batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    training: bool,
+    eps: float,
+    output_mask: list[bool],
+) -> _Gradients:
+    """PyTorch's form with fewer roundings; on a CPU its sums are in float64, as those of ATen's kernel there are."""
+    compute = _compute(x)
+    if not training:
+        assert running_mean is not None and running_var is not None
+        mean, rstd = running_mean, torch.rsqrt(running_var.to(compute) + eps)
+    assert mean is not None and rstd is not None
+    axes = [d for d in range(x.dim()) if d != 1]
+
+    def summed(t: Tensor) -> Tensor:
+        if x.device.type != "cpu" or compute == torch.float64:
+            return t.sum(axes)
+        # Rounded by a kernel of its own, as a sum of one: else compiled code rounds it anew for every element.
+        return torch.sum(t.sum(axes, dtype=torch.float64).unsqueeze(0), 0, dtype=compute)
+
+    g, rstd = grad.to(compute), rstd.to(compute)
+    distance = x.to(compute) - _spread(mean.to(compute), x)
+    total, product = summed(g), summed(g * distance)
+    d_x = d_weight = d_bias = None
+    if output_mask[0]:
+        d_x = g
+        if training:
+            share = 1 / math.prod(x.shape[d] for d in axes)
+            slope = product * share * (rstd * rstd)
+            d_x = g - (_spread(total * share, x) + distance * _spread(slope, x))
+        d_x = (d_x * _spread(rstd if weight is None else rstd * weight, x)).to(x.dtype)
+    dtype = x.dtype if weight is None else weight.dtype
+    if output_mask[1]:
+        d_weight = (product * rstd).to(dtype)
+    if output_mask[2]:
+        d_bias = total.to(dtype)
+    return d_x, d_weight, d_bias
+
+
 NORMAL_FORMS: dict[OpOverload, Callable[..., Any]] = {
     aten.native_layer_norm.default: _layer_norm,
     aten.native_layer_norm_backward.default: _layer_norm_backward,
     aten.native_group_norm.default: _group_norm,
     aten.native_group_norm_backward.default: _group_norm_backward,
+    aten.native_batch_norm.default: _batch_norm,
+    aten._native_batch_norm_legit.default: _batch_norm,
+    aten._native_batch_norm_legit.no_stats: _batch_norm_without_statistics,
+    aten._native_batch_norm_legit_functional.default: functools.partial(_batch_norm, functional=True),
+    aten.native_batch_norm_backward.default: _batch_norm_backward,
 }

@@ -256,7 +256,7 @@ def _ulps(name: str, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "bound"),
     [("exp", 1.0), ("exp2", 1.0), ("expm1", 1.6), ("log", 1.0), ("log2", 1.6), ("log10", 1.1), ("log1p", 1.5)]
-    + [("sigmoid", 2.2), ("tanh", 2.4), ("erf", 1.0), ("sin", 1.6), ("cos", 1.6), ("rsqrt", 1.5), ("sqrt", 0.0)],
+    + [("sigmoid", 2.2), ("tanh", 2.4), ("erf", 1.0), ("sin", 1.6), ("cos", 1.6), ("rsqrt", 1.1), ("sqrt", 0.0)],
 )
 def test_our_functions_are_accurate_in_every_binade(name: str, bound: float) -> None:
     bits = torch.arange(-(2**31), 2**31, 20011, dtype=torch.int64).to(torch.int32)

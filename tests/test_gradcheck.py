@@ -190,6 +190,11 @@ def test_second_derivative_of_attention_is_refused():
 SEEDS = range(12)
 EMBEDDED = torch.arange(300) % 7
 
+
+def _batch_norm_in_training(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, weight, bias, training=True)
+
+
 ERRORS: dict[str, Form] = {
     "linear": form(F.linear, (300, 210), (64, 210), (64,)),
     "bmm": form(torch.bmm, (2, 40, 210), (2, 210, 30)),
@@ -197,7 +202,8 @@ ERRORS: dict[str, Form] = {
     "layer_norm": form(lambda x, w, b: F.layer_norm(x, (210,), w, b), (300, 210), (210,), (210,)),
     "rms_norm": form(lambda x, w: F.rms_norm(x, (210,), w, 1e-6), (300, 210), (210,)),
     "group_norm": form(lambda x, w, b: F.group_norm(x, 4, w, b), (5, 16, 50), (16,), (16,)),
-    "batch_norm": form(lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True), (5, 16, 50), (16,), (16,)),
+    "batch_norm": form(_batch_norm_in_training, (5, 16, 50), (16,), (16,)),
+    "batch_norm, long channels": form(_batch_norm_in_training, (16, 8, 256), (8,), (8,)),
     "softmax": form(lambda x: x.softmax(-1), (40, 210)),
     "log_softmax": form(lambda x: x.log_softmax(-1), (40, 210)),
     "logsumexp": form(lambda x: x.logsumexp(-1), (40, 210)),
@@ -221,7 +227,12 @@ def gradients_of(fn: Callable[..., Tensor], leaves: list[Tensor], incoming: Tens
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ERRORS)
 def test_errors_of_gradients_are_not_above_stocks(name: str, dtype: torch.dtype):
-    """Against float64, over many draws; up to a quarter as much again, for the errors of two orders scatter."""
+    """Against float64, over many draws; up to a tenth more, for the errors of two orders scatter, and stock's orders
+    follow the processor.
+
+    The most is 1.04, of the weight of ``linear``: a sum over 300 rows, for us a chain of 192 and one of 108, for MKL
+    two of 150.  Squared errors of chains are as the squares of their lengths: sqrt((192**2 + 108**2) / (2 * 150**2)).
+    """
     fn, shapes = ERRORS[name]
     ours, stock = [0.0] * len(shapes), [0.0] * len(shapes)
     for seed in SEEDS:
@@ -234,4 +245,4 @@ def test_errors_of_gradients_are_not_above_stocks(name: str, dtype: torch.dtype)
         for i, truth in enumerate(exact):
             ours[i] += (mine[i].double() - truth).norm().item()
             stock[i] += (theirs[i].double() - truth).norm().item()
-    assert all(a <= 1.25 * b for a, b in zip(ours, stock, strict=True)), (ours, stock)
+    assert all(a <= 1.1 * b for a, b in zip(ours, stock, strict=True)), (ours, stock)

@@ -15,6 +15,7 @@ from ..lowering.attention.order import order_for as attention
 from ..lowering.matmul.order import GpuMatmulOrder, MatmulOrder
 from ..lowering.matmul.order import gpu_order_for as gpu_matmul
 from ..lowering.matmul.order import order_for as matmul
+from ..lowering.norm.order import group_parameters_order_for as group_parameters
 from ..lowering.reduction.order import GpuReductionOrder, ReductionOrder
 from ..lowering.reduction.order import gpu_order_for as gpu_reduction
 from ..lowering.reduction.order import order_for as reduction
@@ -52,6 +53,8 @@ def declared_order(op: str, length: int, dtype: torch.dtype, device: str = "cpu"
         return (gpu_matmul if gpu else matmul)(length, dtype)
     if op in _ATTENTION:
         return gpu_attention(length, dtype) if gpu else attention(dtype)
+    if op == "group_norm_backward_params" and not gpu:
+        return group_parameters(length, dtype)
     if op in _REDUCTIONS:
         return (gpu_reduction if gpu else reduction)(length, dtype)
     if op in _SCANS:

@@ -319,9 +319,14 @@ template <class Vec>
 BICOMPILE_INLINE Vec sqrt(Vec x) {
   return bicompile::sqrt(x);
 }
+// What the roundings of the root and of the quotient left over is added to the quotient, where that is a number.
 template <class Vec>
 BICOMPILE_INLINE Vec rsqrt(Vec x) {
-  return splat_as<Vec>(1) / bicompile::sqrt(x);
+  const Vec one = splat_as<Vec>(1), root = bicompile::sqrt(x), quotient = one / root;
+  const Vec of_root = fma(root, root, splat_as<Vec>(0) - x), of_quotient = fma(root, quotient, splat_as<Vec>(0) - one);
+  const Vec left = fma(of_root * quotient, quotient * splat_as<Vec>(0.5), splat_as<Vec>(0) - of_quotient);
+  const Vec nearer = fma(quotient, left, quotient);
+  return where_nan(nearer, quotient, nearer);
 }
 
 // NaN if either is; the second of two equal ones, which settles the sign of zero.

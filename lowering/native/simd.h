@@ -281,6 +281,11 @@ BICOMPILE_INLINE VecD shift_down(VecD a) {
   return {_mm512_permute_pd(a.v, 0x01)};
 }
 BICOMPILE_INLINE VecD load(const double* p) { return {_mm512_loadu_pd(p)}; }
+// The lower (0) or upper (1) half of the lanes, exactly.
+template <int kHalf>
+BICOMPILE_INLINE VecD half_in_double(VecF a) {
+  return {_mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a.v), kHalf)))};
+}
 BICOMPILE_INLINE void store(double* p, VecD a) { _mm512_storeu_pd(p, a.v); }
 BICOMPILE_INLINE VecD operator+(VecD a, VecD b) { return {_mm512_add_pd(a.v, b.v)}; }
 BICOMPILE_INLINE VecD operator-(VecD a, VecD b) { return {_mm512_sub_pd(a.v, b.v)}; }
@@ -411,6 +416,8 @@ BICOMPILE_INLINE VecD shift_down(VecD a) {
   return {_mm256_permute_pd(a.v, 0x01)};
 }
 BICOMPILE_INLINE VecD load(const double* p) { return {_mm256_loadu_pd(p)}; }
+template <int kHalf>
+BICOMPILE_INLINE VecD half_in_double(VecF a) { return {_mm256_cvtps_pd(_mm256_extractf128_ps(a.v, kHalf))}; }
 BICOMPILE_INLINE void store(double* p, VecD a) { _mm256_storeu_pd(p, a.v); }
 BICOMPILE_INLINE VecD operator+(VecD a, VecD b) { return {_mm256_add_pd(a.v, b.v)}; }
 BICOMPILE_INLINE VecD operator-(VecD a, VecD b) { return {_mm256_sub_pd(a.v, b.v)}; }
@@ -464,6 +471,8 @@ BICOMPILE_INLINE void store_first(double* p, VecD a, int n) { _mm256_maskstore_p
 #define BICOMPILE_ISA "scalar"
 using VecF = ScalarVec<float, 8>;
 using VecD = ScalarVec<double, 4>;
+template <int kHalf>
+BICOMPILE_INLINE VecD half_in_double(VecF a) { return VecD::each([&](int i) { return double(a.v[kHalf * 4 + i]); }); }
 BICOMPILE_INLINE VecF splat(float x) { return VecF::each([&](int) { return x; }); }
 BICOMPILE_INLINE VecD splat(double x) { return VecD::each([&](int) { return x; }); }
 BICOMPILE_INLINE VecD load(const double* p) { return VecD::each([&](int i) { return p[i]; }); }

@@ -2,6 +2,7 @@
 // No product is fused with an addition: kernels that compute the same pieces one by one get the same bits.
 #include "rows.h"
 
+#include <cmath>
 #include <optional>
 
 namespace bicompile {
@@ -12,7 +13,8 @@ struct Moments {
   Block<S> mean, rstd;
 };
 
-// Two passes: the mean, then the mean of the squared distances to it.
+// Two passes: the mean, then the squared distances to it.  One over their root is taken in double, once for each row:
+// the rounding of rstd is one of every element's.
 template <class S, class X>
 BICOMPILE_INLINE Moments<S> moments(const AlongRow& walk, const X& x, double eps) {
   const Block<S> n = block_of(S(walk.n));
@@ -21,8 +23,8 @@ BICOMPILE_INLINE Moments<S> moments(const AlongRow& walk, const X& x, double eps
     Block<S> d = x(k, count) - mean;
     return d * d;
   };
-  const Block<S> var = walk.fold(Add{}, S(0), square) / n;
-  return {mean, block_of(S(1)) / sqrt(var + block_of(S(eps)))};
+  const double var = double(first_lane(walk.fold(Add{}, S(0), square).v[0])) / double(walk.n);
+  return {mean, block_of(S(1 / std::sqrt(var + eps)))};
 }
 
 // y = ((x - mean) * rstd) * weight + bias, element by element; weight and bias may be absent.
@@ -37,7 +39,8 @@ BICOMPILE_INLINE void normalise(const AlongRow& walk, const X& x, const Moments<
   });
 }
 
-// ((g - sum(g) / n) - xhat * (sum(g * xhat) / n)) * rstd with xhat = (x - mean) * rstd and g already times the weight.
+// (g - (sum(g) / n + xhat * (sum(g * xhat) / n))) * rstd with xhat = (x - mean) * rstd and g already times the weight.
+// The two means are small beside g: they are added to each other first, so that g is rounded once.
 template <class S, class G, class X>
 BICOMPILE_INLINE void normalise_backward(const AlongRow& walk, const G& g, const X& x, S mean, S rstd,
                                          const AnyOutput<S>& dx) {
@@ -46,7 +49,7 @@ BICOMPILE_INLINE void normalise_backward(const AlongRow& walk, const G& g, const
   auto product = [&](int64_t k, int count) BICOMPILE_LAMBDA { return g(k, count) * xhat(k, count); };
   const Block<S> g_mean = walk.fold(Add{}, S(0), g) / n, product_mean = walk.fold(Add{}, S(0), product) / n;
   walk.each([&](int64_t k, int count) BICOMPILE_LAMBDA {
-    dx(k, ((g(k, count) - g_mean) - xhat(k, count) * product_mean) * scale, count);
+    dx(k, (g(k, count) - (g_mean + xhat(k, count) * product_mean)) * scale, count);
   });
 }
 
@@ -267,7 +270,7 @@ Tensor group_norm_backward(const Tensor& grad, const Tensor& x, int64_t groups, 
   return dx;
 }
 
-// For each channel, sums over the samples and the channel's elements, k counting both in row-major order.
+// For each channel, sums over the samples and the channel's elements, k counting both in row-major order, in double.
 std::tuple<Tensor, Tensor> group_norm_backward_params(const Tensor& grad, const Tensor& x, int64_t groups,
                                                       const Tensor& mean, const Tensor& rstd, ScalarType dtype) {
   constexpr const char* op = "group_norm_backward_params";
@@ -299,8 +302,8 @@ std::tuple<Tensor, Tensor> group_norm_backward_params(const Tensor& grad, const 
         });
       }
       auto sum = [&](const Kept<S>& values) {
-        auto element = [&](int64_t k, int) BICOMPILE_LAMBDA { return values.get(k); };
-        return first_lane(AlongRow{n}.fold(Add{}, S(0), element).v[0]);
+        auto element = [&](int64_t k, int) BICOMPILE_LAMBDA { return in_double(values.get(k)); };
+        return first_lane(AlongRow{n}.fold(Add{}, 0.0, element).v[0]);
       };
       dweight_out.put(channel, sum(products));
       dbias_out.put(channel, sum(gs));

@@ -102,7 +102,7 @@ def _norm_backward_kernel(
         g_mean, product_mean = finish(total, n, "mean", 0.0), finish(product, n, "mean", 0.0)
         dxs = ()
         for j in tl.static_range(CHUNKS):
-            dxs = dxs + (((gs[j] - g_mean[:, None]) - hats[j] * product_mean[:, None]) * rstd,)
+            dxs = dxs + ((gs[j] - (g_mean[:, None] + hats[j] * product_mean[:, None])) * rstd,)
         store_section(out_ptr + rows * n + start, dxs, rows, num_rows, left, ROWS, LANES, CHUNKS, WHOLE)
 
 

@@ -5,7 +5,8 @@ shapes that ``aten.native_layer_norm`` and ``aten.native_group_norm`` give them;
 dtype.  ``weight`` and ``bias`` may differ from ``x`` in dtype.
 
 Numerics: statistics in two passes in the order of ``order.py``; ``y = ((x - mean) * rstd) * weight + bias`` with every
-operation rounded in the compute type, and once more to the dtype of ``x``.
+operation rounded in the compute type, and once more to the dtype of ``x``.  On the CPU ``rstd`` is computed in float64
+from the sum of squares and rounded once, and the gradients of a group norm's parameters are summed in float64.
 """
 
 from __future__ import annotations

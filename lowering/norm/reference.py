@@ -8,22 +8,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bicompile.lowering.reduction.reference import Fold, Moments, canonical, count, fold, moments, sqrt
+from bicompile.lowering.reduction import reference as reductions
+from bicompile.lowering.reduction.reference import Fold, Moments, canonical, count, fold, sqrt
 
-from .order import order_for
+from .order import group_parameters_order_for, order_for
+
+
+def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of a reduction on the CPU, with the sum of squares in float64: in its dtype ``rstd`` is computed."""
+    mean, m2 = reductions.moments(rows)
+    return mean, m2.double()
+
+
+def fold_parameters(rows: Tensor) -> Tensor:
+    """The gradients of a group norm's parameters, in the order of the CPU."""
+    return fold(rows.to(group_parameters_order_for(rows.shape[-1], rows.dtype).compute))
 
 
 def _statistics(rows: Tensor, eps: float, moments: Moments) -> tuple[Tensor, Tensor]:
     mean, m2 = moments(rows)
-    var = m2 / count(rows)
-    one, small = torch.ones((), dtype=rows.dtype), torch.full((), eps, dtype=rows.dtype)
-    return mean, one / sqrt(var + small)
+    var = m2 / torch.full((), rows.shape[-1], dtype=m2.dtype)
+    one, small = torch.ones((), dtype=m2.dtype), torch.full((), eps, dtype=m2.dtype)
+    return mean, (one / sqrt(var + small)).to(rows.dtype)
 
 
 def _backward(g: Tensor, rows: Tensor, mean: Tensor, rstd: Tensor, fold: Fold) -> Tensor:
     xhat = (rows - mean) * rstd
     g_mean, product_mean = fold(g) / count(rows), fold(g * xhat) / count(rows)
-    return ((g - g_mean) - xhat * product_mean) * rstd
+    return (g - (g_mean + xhat * product_mean)) * rstd
 
 
 def _norm(
@@ -133,7 +145,7 @@ def group_norm_backward_params(
     mean: Tensor,
     rstd: Tensor,
     dtype: torch.dtype,
-    fold: Fold = fold,
+    fold: Fold = fold_parameters,
 ) -> tuple[Tensor, Tensor]:
     compute = order_for(0, x.dtype).compute
     rows = x.to(compute).reshape(x.shape[0], groups, -1)

@@ -65,6 +65,13 @@ BICOMPILE_INLINE Block<S> operator/(Block<S> a, Block<S> b) {
   return map([](auto x, auto y) BICOMPILE_LAMBDA { return x / y; }, a, b);
 }
 
+BICOMPILE_INLINE Block<double> in_double(Block<double> a) { return a; }
+BICOMPILE_INLINE Block<double> in_double(Block<float> a) {
+  return [&]<size_t... I>(std::index_sequence<I...>) BICOMPILE_LAMBDA {
+    return Block<double>{{half_in_double<I % 2>(a.v[I / 2])...}};
+  }(std::make_index_sequence<Block<double>::kVecs>());
+}
+
 // The first `count` of 32 elements, widened; zeros in the other lanes.
 template <class S, class In>
 BICOMPILE_INLINE Block<S> load_block(const In* p, int count) {
@@ -81,6 +88,20 @@ BICOMPILE_INLINE Block<S> load_block(const In* p, int count) {
                                  : splat(S(0));
   }
   return r;
+}
+
+// Does a kernel that computes in S read elements of type In where they lie?
+template <class In, class S>
+constexpr bool kReadInPlace = std::is_same_v<typename Compute<In>::Scalar, S> ||
+                              (std::is_same_v<In, float> && std::is_same_v<S, double>);
+
+template <class S, class In>
+BICOMPILE_INLINE Block<S> read_block(const In* p, int count) {
+  if constexpr (std::is_same_v<In, float> && std::is_same_v<S, double>) {
+    return in_double(load_block<float>(p, count));
+  } else {
+    return load_block<S>(p, count);
+  }
 }
 
 // Rounds the first `count` of 32 numbers once to the type of p; every NaN becomes the canonical one.
@@ -247,7 +268,7 @@ struct AcrossRows {
 template <class In, class S>
 struct RowInput {
   const In* p;
-  BICOMPILE_INLINE Block<S> operator()(int64_t k, int count) const { return load_block<S>(p + k, count); }
+  BICOMPILE_INLINE Block<S> operator()(int64_t k, int count) const { return read_block<S>(p + k, count); }
 };
 // Of neighbouring rows, densely packed in the other direction: k * step away, or table[k] if there is a table.
 template <class In, class S>
@@ -261,7 +282,7 @@ struct RowsInput {
     for (size_t line = 0; line < kBlock * sizeof(In); line += 64) {
       __builtin_prefetch(reinterpret_cast<const char*>(from + kBlock) + line);
     }
-    return load_block<S>(from, count);
+    return read_block<S>(from, count);
   }
 };
 

@@ -10,9 +10,10 @@ namespace {
 constexpr int64_t kTaskElements = 4096;
 
 // A copied row: one function for all dtypes that it was copied from.
-template <class S, class Program>
-__attribute__((noinline)) void reduce_copied_row(const Program& program, const S* row, int64_t n, Block<S>* results) {
-  program(AlongRow{n}, RowInput<S, S>{row}, results);
+template <class S, class Copied, class Program>
+__attribute__((noinline)) void reduce_copied_row(const Program& program, const Copied* row, int64_t n,
+                                                 Block<S>* results) {
+  program(AlongRow{n}, RowInput<Copied, S>{row}, results);
 }
 
 // Rows whose elements lie next to each other, or that are copied to do so.
@@ -20,17 +21,17 @@ template <class In, class S, class Program>
 void reduce_along_rows(const Plan& plan, const In* x, const Output* outputs, const Program& program) {
   const int64_t n = plan.reduced.numel, rows = plan.kept.numel;
   const int64_t rows_per_task = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(n, 1));
-  constexpr bool same_type = std::is_same_v<typename Compute<In>::Scalar, S>;
-  const bool in_place = same_type && plan.reduced.is_dense();
+  const bool in_place = kReadInPlace<In, S> && plan.reduced.is_dense();
   parallel_tasks((rows + rows_per_task - 1) / rows_per_task, rows * n * Program::kCost, [&](int64_t task) {
     struct Gathered;
-    S* buffer = in_place ? nullptr : scratch<Gathered, S>(size_t(n));
+    using Copied = std::conditional_t<std::is_same_v<In, float>, float, S>;  // half the memory, where S is double
+    Copied* buffer = in_place ? nullptr : scratch<Gathered, Copied>(size_t(n));
     const int64_t first = task * rows_per_task, last = std::min(rows, first + rows_per_task);
     Walk walk(plan.kept, first);
     for (int64_t row = first; row < last; row++, walk.next()) {
       Block<S> results[Program::kOutputs];
       if (in_place) {
-        if constexpr (same_type) program(AlongRow{n}, RowInput<In, S>{x + walk.offset}, results);
+        if constexpr (kReadInPlace<In, S>) program(AlongRow{n}, RowInput<In, S>{x + walk.offset}, results);
       } else {
         gather(x + walk.offset, plan.reduced, buffer);
         reduce_copied_row(program, buffer, n, results);
@@ -97,7 +98,7 @@ void reduce_across_rows(const Plan& plan, int side, const In* x, const Output* o
 
 template <class In, class S, class Program>
 void reduce_as(const Plan& plan, const In* x, const Output* outputs, const Program& program) {
-  if constexpr (std::is_same_v<typename Compute<In>::Scalar, S>) {
+  if constexpr (kReadInPlace<In, S>) {
     int side = -1;
     for (int i = 0; i < plan.kept.count; i++) {
       if (plan.kept.dim[i].stride == 1) side = i;

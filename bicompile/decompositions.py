@@ -20,7 +20,7 @@ from torch._inductor.decomposition import cat as _stock_cat
 from torch._inductor.decomposition import select_decomp_table
 from torch._ops import OpOverload, OpOverloadPacket
 
-from . import bags, collectives, complexes, distances, foreach, inverses, norms, resizing, windows, writes
+from . import bags, collectives, complexes, distances, dropout, foreach, inverses, norms, resizing, windows, writes
 from .errors import UnsupportedOpError
 from .lowering.attention.op import scaled_dot_product_attention
 from .lowering.softmax.cross_entropy import log_probability
@@ -291,6 +291,8 @@ _NORMAL_FORMS: dict[OpOverload, Callable[..., Any]] = {
     aten.min.dim: _first_extremum(torch.argmin),
     aten.cat.default: _cat,
     aten.glu.default: _glu,
+    aten.native_dropout.default: dropout.native_dropout,
+    aten.native_dropout_backward.default: dropout.native_dropout_backward,
     aten._efficientzerotensor.default: aten.zeros.default,  # which second derivatives hold
     torch.ops.bicompile.log_probability.default: log_probability,
     aten.sort.default: _sort,

@@ -1,10 +1,12 @@
-"""Catch attention, cross entropy and determinants above autograd, before PyTorch takes them apart.
+"""Catch attention, cross entropy, dropout and determinants above autograd, before PyTorch takes them apart.
 
 ``F.scaled_dot_product_attention`` is a composite op: by the time a decomposition table sees it, it has become one of
 several backend ops or a product of matrices, by shape, mask and dropout.  ``F.cross_entropy`` is one too, whose parts
 would keep the log-softmax of all classes for the gradient.  A Python kernel for their composite key is asked first,
 wherever Python dispatch is on: always while AOTAutograd traces, and inside ``bicompile.eager()``.  The gate keeps it
 out of every other backend's way.
+
+The forms of dropout that draw their masks inside C++ are caught; plain dropout is an op of its own further down.
 
 Determinants are caught too, to make their matrices contiguous: PyTorch's gradient goes by the layout of the matrix to
 tell whether the factors that it kept are those of the matrix or of its transpose, and ours are made of a copy.
@@ -13,7 +15,8 @@ tell whether the factors that it kept are those of the matrix or of its transpos
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,6 +26,7 @@ from torch._C import DispatchKey
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
+from . import dropout
 from .lowering.attention.op import scaled_dot_product_attention
 from .lowering.softmax.cross_entropy import cross_entropy_loss
 
@@ -68,6 +72,27 @@ def _cross_entropy(*args: Any, **kwargs: Any) -> Any:
         if (loss := cross_entropy_loss(*args, **kwargs)) is not None:
             return loss
     return _CROSS_ENTROPY._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+
+
+def _of_rows(op: OpOverload, ours: Callable[[Tensor, float, bool], Tensor]) -> None:
+    """Make a form of dropout, or its in-place twin, ours while the context is open."""
+
+    @op.py_impl(DispatchKey.CompositeImplicitAutograd)
+    def _(x: Tensor, p: float, train: bool) -> Any:
+        if not (is_intercepting() and x.is_floating_point()):
+            return op._op_dk(DispatchKey.CompositeImplicitAutograd, x, p, train)
+        result = ours(x, p, train)
+        return x.copy_(result) if op._schema.is_mutable and result is not x else result
+
+
+for _name, _ours in (
+    ("feature_dropout", dropout.feature_dropout),
+    ("alpha_dropout", dropout.alpha_dropout),
+    ("feature_alpha_dropout", functools.partial(dropout.alpha_dropout, features=True)),
+):
+    _of_rows(getattr(torch.ops.aten, _name).default, _ours)
+    _of_rows(getattr(torch.ops.aten, f"{_name}_").default, _ours)
+_of_rows(torch.ops.aten.dropout_.default, torch.dropout)
 
 
 def _of_contiguous(op: OpOverload) -> None:

@@ -88,11 +88,13 @@ def exact_by_name(target: OpOverload) -> bool:
 def draws_one_number(target: OpOverload, args: Sequence[Any]) -> bool:
     """Whether the op draws a single random number, for no row in particular.
 
-    Layer drop draws one for each layer, and a DataLoader seeds its workers with one.
+    Layer drop draws one for each layer, dropout as we do it one for each call, and a DataLoader seeds its workers
+    with one.
     """
     if target is aten.random_.default:
         return isinstance(args[0], Tensor) and args[0].dim() == 0
-    return target in (aten.rand.default, aten.randn.default) and len(args[0]) == 0
+    places = {aten.rand.default: 0, aten.randn.default: 0, aten.randint.default: 1, aten.randint.low: 2}
+    return target in places and len(args[places[target]]) == 0
 
 
 _COMPARISONS = frozenset("aten.eq aten.ne aten.lt aten.le aten.gt aten.ge".split())

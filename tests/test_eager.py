@@ -159,7 +159,7 @@ def test_parts_that_pytorch_takes_an_op_into_are_known():
         assert torch.equal(x.masked_select(x > 0), x[x > 0])
         torch.testing.assert_close(torch.lerp(x, x[:1], weight), x + weight * (x[:1] - x))
         with pytest.raises(bicompile.UnsupportedOpError, match="aten.bernoulli"):
-            F.dropout2d(x[None, :, None])  # an in-place op with a default that its functional form lacks
+            torch.empty_like(x).bernoulli_()  # an in-place op with a default that its functional form lacks
 
 
 def test_unproven_op_is_refused_unless_allowed():

@@ -121,9 +121,11 @@ def triton_text(case: Compilation, stage: str = "ptx") -> str:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": case.warps}).asm[stage]
 
 
-def test_a_mask_of_bytes_does_not_regroup_the_keys_of_a_product():
+@pytest.mark.parametrize("dropout", [False, True])
+def test_a_mask_of_bytes_does_not_regroup_the_keys_of_a_product(dropout: bool):
     """A dot operand of 16 bits has pairs of numbers (``kWidth``) together, whatever mask its numbers come from."""
     half = torch.float16
-    cases = [compilation(schedule, half, 64, "bool") for schedule in (REFERENCE, SplitSchedule(16, 4, 1))]
-    for case in (*cases, *backward_compilations(REFERENCE_BACKWARD, half, 64, "bool")):
+    cases = [compilation(REFERENCE, half, 64, "bool", dropout=dropout)]
+    cases += [] if dropout else [compilation(SplitSchedule(16, 4, 1), half, 64, "bool")]
+    for case in (*cases, *backward_compilations(REFERENCE_BACKWARD, half, 64, "bool", dropout=dropout)):
         assert set(re.findall(r"kWidth = (\d+)", triton_text(case, "ttgir"))) == {"2"}, case.name

@@ -2,8 +2,8 @@
 
 Keys are counted from the first one that a query sees, as in ``lowering.attention.order``, so left and right padding,
 unused slots of a static cache, a rolled sliding window and the neighbours of a packed sequence cannot show.  Boolean
-masks, additive masks and position biases (ALiBi, T5), soft caps (Gemma 2) and attention sinks (gpt-oss) are covered;
-dropout is refused.
+masks, additive masks and position biases (ALiBi, T5), soft caps (Gemma 2), attention sinks (gpt-oss) and dropout are
+covered.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..covered import covered
+from ..dropout import keys_of
 from ..lowering.attention.op import scaled_dot_product_attention
 
 _MINUS_INFINITY = float("-inf")
@@ -42,7 +43,7 @@ def attention_forward(
         key: ``[batch, kv_heads, keys, depth]``, ``kv_heads`` a divisor of ``heads``.
         value: ``[batch, kv_heads, keys, value_depth]``.
         attention_mask: broadcasts to ``[batch, heads, queries, keys]``; True or 0 where a query sees a key.
-        dropout: must be 0.
+        dropout: the probability with which a weight is dropped; see ``bicompile.dropout``.
         scaling: factor of the scores; ``depth ** -0.5`` if None.
         is_causal: whether several queries without a mask see only the keys up to their own.
         position_bias: added to the scores, broadcasts like the mask.
@@ -53,9 +54,6 @@ def attention_forward(
 
     Returns:
         ``[batch, queries, heads, value_depth]`` and None for the weights, which are never formed.
-
-    Raises:
-        UnsupportedOpError: ``dropout`` above 0.
     """
     if attention_mask is not None and key.shape[2] > attention_mask.shape[-1] > 1:
         # A sliding cache that may be cropped, of an assistant model, returns keys in front that no query sees.
@@ -100,19 +98,19 @@ def attend(
         query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
         with torch.autocast(device, enabled=False):
             return attend(query, key, value, mask, is_causal, scale, softcap, sinks, dropout)
+    if softcap is None and sinks is None:
+        gqa = query.shape[1] != key.shape[1]
+        return scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=gqa)
+    seeds = keys_of(query).squeeze(-1) if dropout > 0.0 else None  # of the queries before a cap makes them all alike
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     if softcap is not None:
         query, key, mask = _capped(query, key, mask, is_causal, scale, softcap)
         is_causal, scale = False, 1.0
     if sinks is None:
-        gqa = query.shape[1] != key.shape[1]
-        return scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=scale, enable_gqa=gqa)
-    if dropout > 0.0:
-        # Raises: it refuses dropout.
-        scaled_dot_product_attention(query, key, value, mask, dropout, is_causal, scale=scale)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return torch.ops.bicompile.sdpa(query, key, value, mask, is_causal, scale, None, seeds, dropout)[0]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, sinks)):
-        return _WithSinks.apply(query, key, value, mask, sinks, is_causal, scale)
-    return _with_sinks(query, key, value, mask, sinks, is_causal, scale)[0]
+        return _WithSinks.apply(query, key, value, mask, sinks, is_causal, scale, seeds, dropout)
+    return _with_sinks(query, key, value, mask, sinks, is_causal, scale, seeds, dropout)[0]
 
 
 def _unpacked(mask: Tensor | None, positions: Tensor, queries: int, keys: int) -> Tensor | None:
@@ -139,13 +137,12 @@ def _biased(bias: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
 
 
 def _capped(
-    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, softcap: float
+    query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys of depth 1 that score 0, and an additive mask that holds the capped and masked scores."""
     batch, heads, queries, depth = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
     wide = torch.promote_types(query.dtype, torch.float32)
-    scale = depth**-0.5 if scale is None else scale
     # The heads of a group lie one after the other and share their keys: one product for each group.
     grouped = query.to(wide).reshape(batch, kv_heads, -1, depth)
     scores = (grouped @ key.to(wide).transpose(2, 3)).view(batch, heads, queries, keys)
@@ -160,14 +157,22 @@ def _capped(
 
 
 def _with_sinks(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, sinks: Tensor, is_causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor,
+    is_causal: bool,
+    scale: float,
+    seeds: Tensor | None,
+    dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The attention with sinks; the attention without, its lse, and the share that the sink leaves it (in fp32).
 
     With ``s`` the sum of ``exp(score)`` over the keys, the weights' denominator grows from ``s`` to
     ``s + exp(sink)``, so the output shrinks by ``s / (s + exp(sink)) = sigmoid(log(s) - sink)``.
     """
-    plain, lse = torch.ops.bicompile.sdpa(query, key, value, mask, is_causal, scale)
+    plain, lse = torch.ops.bicompile.sdpa(query, key, value, mask, is_causal, scale, None, seeds, dropout)
     share = torch.sigmoid(lse - sinks.to(lse.dtype).view(-1, 1))
     return (plain * share.unsqueeze(-1)).to(query.dtype), plain, lse, share
 
@@ -177,25 +182,25 @@ class _WithSinks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
-        sinks, ctx.is_causal, ctx.scale = rest
+        sinks, ctx.is_causal, ctx.scale, seeds, ctx.dropout = rest
         out, plain, lse, share = _with_sinks(query, key, value, mask, *rest)
-        ctx.save_for_backward(query, key, value, mask, sinks, plain, lse, share)
+        ctx.save_for_backward(query, key, value, mask, sinks, plain, lse, share, seeds)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, mask, sinks, plain, lse, share = ctx.saved_tensors
+        query, key, value, mask, sinks, plain, lse, share, seeds = ctx.saved_tensors
         wide = grad.to(share.dtype)
         d_lse = (wide * plain).sum(-1) * (share * (1 - share))
         # One more column carries the lse's gradient: it adds d_lse to every score's gradient, P * (dP - grad . out),
-        # since -(-d_lse * 1) = d_lse, and nothing to dP, since its value is 0.
+        # since -(-d_lse * 1) = d_lse, and nothing to dP, since its value is 0, dropped or not.
         of_plain = (wide * share.unsqueeze(-1)).to(grad.dtype)
         of_plain = torch.cat([of_plain, -d_lse.unsqueeze(-1).to(grad.dtype)], dim=-1)
         widened = torch.cat([plain, torch.ones_like(plain[..., :1])], dim=-1)
         values = torch.cat([value, torch.zeros_like(value[..., :1])], dim=-1)
         needs_mask = ctx.needs_input_grad[3]
         dq, dk, dv, dmask = torch.ops.bicompile.sdpa_backward(
-            of_plain, query, key, values, mask, widened, lse, ctx.is_causal, ctx.scale, needs_mask
+            of_plain, query, key, values, mask, widened, lse, ctx.is_causal, ctx.scale, needs_mask, seeds, ctx.dropout
         )
         d_sinks = -d_lse.sum((0, 2)).to(sinks.dtype)
-        return dq, dk, dv[..., :-1], dmask if needs_mask else None, d_sinks, None, None
+        return dq, dk, dv[..., :-1], dmask if needs_mask else None, d_sinks, None, None, None, None

@@ -44,7 +44,6 @@ def paged_attention_forward(
 
     Raises:
         ValueError: there is no paged cache: the model was not called by ``generate_batch``.
-        UnsupportedOpError: ``dropout`` above 0.
     """
     cache = kwargs.get("cache")
     if cache is None:

@@ -50,7 +50,7 @@ def choose(
     ``run`` and ``run_reference`` give all results of one probe under a schedule.
     """
     device = p.q.device.index
-    identity = (p.q.dtype, p.q.shape[3], p.v.shape[3], p.kind, p.causal)
+    identity = (p.q.dtype, p.q.shape[3], p.v.shape[3], p.kind, p.causal, p.drops)
     key = (device, identity, tuple(candidates), reference)
     if (found := _CHOSEN.get(key)) is not None:
         return found
@@ -75,7 +75,7 @@ def choose(
 
 
 def _probes(
-    device: int, dtype: torch.dtype, depth: int, value_depth: int, kind: str, causal: bool
+    device: int, dtype: torch.dtype, depth: int, value_depth: int, kind: str, causal: bool, drops: bool
 ) -> Iterator[Problem]:
     """Values over many binades, ragged lengths over splits of every size, several anchors.
 
@@ -98,7 +98,11 @@ def _probes(
         twin = twins(queries, device)
         q[:, :, twin] = q[:, :, twin - TWIN]
         mask = None if kind == "none" else _mask(batch, queries, keys, kind, dtype, device, g)
-        yield problem_of("sdpa", q, k, v, mask, causal, 0.5 * depth**-0.5)
+        seeds = None
+        if drops:
+            seeds = torch.randint(0, 2**62, (batch, heads, queries), generator=g, device=device)
+        dropout_p = 0.1 if drops else 0.0  # most twins stay together
+        yield problem_of("sdpa", q, k, v, mask, causal, 0.5 * depth**-0.5, None, seeds, dropout_p)
 
 
 TWIN = 40

@@ -31,13 +31,21 @@ from .schedule import (
 from .split_kernels import merge_kernel, split_kernel
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
-_LOOSE = ("queries", "keys", "heads", "kv_heads", "splits", "shift", "even")
+_LOOSE = ("queries", "keys", "heads", "kv_heads", "splits", "shift", "even", "threshold")
+
+
+_OF_DROPOUT = ("inverse_high", "inverse_low")
+
+
+def _how(causal: bool, dropout: bool) -> str:
+    return f"{' causal' if causal else ''}{' dropout' if dropout else ''}"
 
 
 def compilation(
-    schedule: TileSchedule | SplitSchedule, dtype: torch.dtype, depth: int, mask: str = "none", *, causal: bool = False
-) -> Compilation:
-    """One forward kernel for heads of ``depth``, a power of two."""
+    schedule: TileSchedule | SplitSchedule, dtype: torch.dtype, depth: int, mask: str = "none", *,
+    causal: bool = False, dropout: bool = False,
+) -> Compilation:  # fmt: skip
+    """One forward kernel for heads of ``depth``, a power of two; ``dropout`` only by tiles."""
     import triton.language as tl
 
     split = isinstance(schedule, SplitSchedule)
@@ -47,11 +55,11 @@ def compilation(
     wide = "fp64" if dtype == torch.float64 else "fp32"
     constants: dict[str, Any] = dict(
         BM=schedule.rows, BN=order.block, BD=depth, BDV=depth, EVEN=True, EVEN_V=True, LANES=order.lanes, MASK=mask,
-        CAUSAL=causal, HIDDEN=-1e38, TMA=tma, STAGES=schedule.stages, FLAGGED=0,
+        CAUSAL=causal, HIDDEN=-1e38, TMA=tma, STAGES=schedule.stages, FLAGGED=0, DROPOUT=dropout,
         DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, SPLITS=order.levels,
     )  # fmt: skip
     if isinstance(schedule, SplitSchedule):
-        del constants["FLAGGED"]
+        del constants["FLAGGED"], constants["DROPOUT"]
         columns = depth // schedule.v_programs
         constants |= {"EARLY": tma and schedule.span > 0, "SPLIT": schedule.span > 0}  # early on sm_90, as TMA is
         constants |= {"V_PROGRAMS": schedule.v_programs, "BDV": columns}
@@ -59,7 +67,7 @@ def compilation(
     signature |= {a: "i32" for a in _LOOSE if a in signature}
     signature |= {a: f"*{wide}:16" for a in ("lse_ptr", "part_ptr", "stats_ptr") if a in signature}
     signature |= {a: "*i32:16" for a in ("first_ptr", "hole_ptr", "last_ptr", "flag_ptr")}
-    signature |= {a: "fp32" for a in ("c_high", "c_low")}
+    signature |= {a: "fp32" for a in ("c_high", "c_low", *_OF_DROPOUT)} | {"seeds_ptr": "*i64:16"}
     signature |= {a: f"*{name}:16" for a in ("q_ptr", "k_p", "v_p", "out_ptr") if a in signature}
     signature["mask_ptr"] = f"*{name}:16" if mask == "additive" else "*u8:16"
     if tma:
@@ -67,7 +75,7 @@ def compilation(
             signature[a] = f"tensordesc<{name}[1, 1, {order.block}, {width}]>"
     if mask != "none":
         constants["mask_k"] = 1
-    label = f"attention {name} {depth} {mask}{' causal' if causal else ''} {schedule}"
+    label = f"attention {name} {depth} {mask}{_how(causal, dropout)} {schedule}"
     return Compilation(
         label,
         kernel,
@@ -97,8 +105,9 @@ def merge_compilation(dtype: torch.dtype, depth: int, mask: str, splits: int, *,
 
 
 def backward_compilations(
-    schedule: BackwardSchedule, dtype: torch.dtype, depth: int, mask: str = "none", *, causal: bool = False
-) -> Iterator[Compilation]:
+    schedule: BackwardSchedule, dtype: torch.dtype, depth: int, mask: str = "none", *,
+    causal: bool = False, dropout: bool = False,
+) -> Iterator[Compilation]:  # fmt: skip
     """The two large backward kernels for heads of ``depth``, a power of two."""
     import triton.language as tl
 
@@ -110,19 +119,20 @@ def backward_compilations(
         constants: dict[str, Any] = dict(
             BM=tiles.own if mine else tiles.step, BN=tiles.step if mine else tiles.own, BD=depth, BDV=depth,
             EVEN=True, EVEN_V=True, MASK=mask, CAUSAL=causal, HIDDEN=-1e38, STAGES=tiles.stages,
-            DTYPE=tl.float64 if dtype == torch.float64 else tl.float32,
+            DTYPE=tl.float64 if dtype == torch.float64 else tl.float32, DROPOUT=dropout,
         )  # fmt: skip
         signature = {a: "i32:16" for a in kernel.arg_names if a not in constants}
         signature |= {a: "i32" for a in _LOOSE if a in signature}
         signature |= {a: f"*{wide}:16" for a in ("lse_ptr", "delta_ptr")}
         signature |= {a: "*i32:16" for a in ("first_ptr", "hole_ptr", "last_ptr", "begin_ptr") if a in signature}
-        signature |= {a: "fp32" for a in ("c_high", "c_low", "scale", "scale_low")}
+        signature |= {a: "fp32" for a in ("c_high", "c_low", "scale", "scale_low", *_OF_DROPOUT)}
+        signature["seeds_ptr"] = "*i64:16"
         halves = ("q_ptr", "k_p", "v_p", "grad_ptr", "dq_ptr", "dk_ptr", "dv_ptr")
         signature |= {a: f"*{name}:16" for a in halves if a in signature}
         signature["mask_ptr"] = f"*{name}:16" if mask == "additive" else "*u8:16"
         if mask != "none":
             constants["mask_k"] = 1
-        label = f"attention {name} {depth} {mask}{' causal' if causal else ''} {'dq' if mine else 'dk, dv'} {tiles}"
+        label = f"attention {name} {depth} {mask}{_how(causal, dropout)} {'dq' if mine else 'dk, dv'} {tiles}"
         yield Compilation(label, kernel, signature, constants, tiles.warps, tiles.stages)
 
 
@@ -145,7 +155,7 @@ def hopper_compilation(
         constants["mask_k"] = 1
     signature |= {"q_desc": f"tensordesc<bf16[1, 1, {ROWS}, {depth}],{layout!r}>", "c": "fp32"}
     signature |= {a: f"tensordesc<bf16[1, 1, {order.block}, {depth}],{layout!r}>" for a in ("k_desc", "v_desc")}
-    label = f"attention bf16 {depth} {mask}{' causal' if causal else ''} {schedule}"
+    label = f"attention bf16 {depth} {mask}{_how(causal, False)} {schedule}"
     return Compilation(label, hopper_kernel, signature, constants, 4, 1, {"maxnreg": 168}, needs=90, up_to=90)
 
 
@@ -174,6 +184,14 @@ def aot_cases() -> Iterator[Compilation]:
             yield compilation(REFERENCE, dtype, depth, mask, causal=causal)
             yield compilation(SplitSchedule(16, 4, 1), dtype, depth, mask, causal=causal)
             yield from backward_compilations(REFERENCE_BACKWARD, dtype, depth, mask, causal=causal)
+    for mask, causal in (("none", True), ("bool", False)):
+        for schedule in (*tiles, TileSchedule(128, 8, 2, True), TileSchedule(128, 8, 2)):
+            yield compilation(schedule, half, 128, mask, causal=causal, dropout=True)
+        yield from backward_compilations(PLAIN_BACKWARD, half, 128, mask, causal=causal, dropout=True)
+    yield compilation(TileSchedule(32, 8, 1), half, 256, causal=True, dropout=True)
+    yield from backward_compilations(DEEP_BACKWARD, half, 256, causal=True, dropout=True)
+    yield compilation(REFERENCE, torch.float64, 64, "additive", dropout=True)
+    yield from backward_compilations(REFERENCE_BACKWARD, torch.float64, 64, "additive", dropout=True)
     yield compilation(TileSchedule(32, 8, 1), half, 256, causal=True)
     yield compilation(SplitSchedule(32, 8, 2), half, 256, causal=True)
     yield from backward_compilations(DEEP_BACKWARD, half, 256, causal=True)

@@ -10,6 +10,7 @@ namespace bicompile::attention {
 template <class S>
 struct RowStatistics {
   S *max, *sum, *delta;
+  int64_t* first;  // weight that is not zero; for dropout only
 };
 
 // Chain over grad * out in blocks of kBlock: the part of dS that a query row's weights share.
@@ -77,11 +78,16 @@ void backward_queries(const Problem& p, const View& grad, const View& out, T* dq
     auto unseen = [&](int64_t, int64_t past, int64_t key, int64_t) { return p.causal && key > t.query(past - 1); };
     const Matrix<T> v = p.v.matrix<T>(t.batch, t.kv_head);
     score_tile(packed, t.rows, v, 0, t.keys, p.value_depth, S(1), unseen, gradients, ld);
+    if (p.dropout.seeds) {
+      for (int64_t r = 0; r < t.rows; r++) extents[r] = stats[r].extent;
+      drop_weights(p, t, gradients, ld, extents);
+    }
     for (int64_t r = 0; r < t.rows; r++) {
       const int64_t row = (t.batch * p.heads + t.head(r)) * p.queries + t.query(r);
       const T* out_row = out.matrix<T>(t.batch, t.head(r)).at(t.query(r));
       saved.max[row] = stats[r].max;
       saved.sum[row] = stats[r].sum;
+      if (p.dropout.seeds) saved.first[row] = stats[r].extent.first;
       saved.delta[row] = delta_of(grad_row(r), grad.strides[3], out_row, out.strides[3], p.value_depth);
       score_gradients(weights + r * ld, gradients + r * ld, ld, saved.sum + row, saved.delta + row, 0);
       extents[r] = extent_of(weights + r * ld, ld);
@@ -129,6 +135,7 @@ void backward_keys(const Problem& p, const View& grad, T* dk, T* dv, RowStatisti
     struct Head;
     struct SumK;
     struct SumV;
+    struct Factors;
     const int64_t first = task % tiles * tile, count = std::min(tile, p.keys - first);
     const int64_t kv_head = task / tiles % p.kv_heads, batch = task / tiles / p.kv_heads;
     const int64_t k_width = round_up(p.depth, VecOf<S>::kLanes), v_width = round_up(p.value_depth, VecOf<S>::kLanes);
@@ -140,6 +147,7 @@ void backward_keys(const Problem& p, const View& grad, T* dk, T* dv, RowStatisti
     S* head_sum = scratch<Head, S>(count * std::max(k_width, v_width));
     S* k_sum = scratch<SumK, S>(count * k_width);
     S* v_sum = scratch<SumV, S>(count * v_width);
+    S* factors = scratch<Factors, S>(p.dropout.seeds ? count * padded : 0);
     S* row = scratch<Statistics, S>(3 * padded);  // maxima, sums, deltas of one head, padded
     std::fill_n(k_sum, count * k_width, S(0));
     std::fill_n(v_sum, count * v_width, S(0));
@@ -160,6 +168,14 @@ void backward_keys(const Problem& p, const View& grad, T* dk, T* dv, RowStatisti
       for (int64_t r = 0; r < count; r++) {
         S* w = weights + r * padded;
         key_weights(p, batch * p.mask.strides[0] + head * p.mask.strides[1], first + r, w, padded, row);
+        if (p.dropout.seeds) {
+          S* kept = factors + r * padded;
+          for (int64_t i = 0; i < p.queries; i++) {
+            const int64_t place = first + r - saved.first[saved_at + i];
+            kept[i] = p.dropout.keeps(p.dropout.seed(batch, head, i), place) ? S(p.dropout.scale) : S(0);
+          }
+          multiply_kept(gradients + r * padded, kept, p.queries);
+        }
         score_gradients(w, gradients + r * padded, padded, row + padded, row + 2 * padded, 1);
         extents[r] = extent_of(w, padded);
       }
@@ -168,6 +184,12 @@ void backward_keys(const Problem& p, const View& grad, T* dk, T* dv, RowStatisti
       };
       weighted_sums(gradients, padded, extents, count, q, p.depth, head_sum);
       add_head(k_sum, count * k_width);
+      if (p.dropout.seeds) {
+        for (int64_t r = 0; r < count; r++) {
+          multiply_kept(weights + r * padded, factors + r * padded, p.queries);
+          extents[r] = extent_of(weights + r * padded, padded);
+        }
+      }
       weighted_sums(weights, padded, extents, count, g, p.value_depth, head_sum);
       add_head(v_sum, count * v_width);
     }

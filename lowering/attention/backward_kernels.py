@@ -8,7 +8,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kernels import fold_all, load_mask, load_queries, load_rows, scale_of, seen_and_bias, start_of
+from .kernels import (
+    fold_all,
+    is_kept,
+    load_mask,
+    load_queries,
+    load_rows,
+    scale_of,
+    seen_and_bias,
+    start_of,
+    states_of,
+)
 
 
 @triton.jit(do_not_specialize=["queries", "heads", "num_rows"])
@@ -63,7 +73,8 @@ def statistics(lse_ptr, delta_ptr, at, alive):
 
 @triton.jit
 def walk_keys(
-    dq, start, stop, q, grad, lse, delta, k_p, v_p, k_n, v_n, depth, value_depth, c, mask_row, query, rows, mask_k,
+    dq, start, stop, q, grad, lse, delta, k_p, v_p, k_n, v_n, depth, value_depth, c, drop, mask_row, query, rows,
+    mask_k,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
     ALL: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -81,6 +92,10 @@ def walk_keys(
         s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=lse.dtype)
         p = weights(s, c, bias, seen, lse, False, "none" if ALL else MASK)
         dp = tl.dot(grad, tl.trans(v), input_precision="ieee", out_dtype=lse.dtype)
+        if drop is not None:
+            states, threshold, inverse = drop
+            kept = is_kept(states[:, None], (n + tl.arange(0, BN))[None, :], threshold)
+            dp = tl.where(kept, dp * inverse, 0.0)
         ds = p * (dp - delta[:, None])
         if not ALL:
             ds = tl.where(seen, ds, 0.0)
@@ -89,14 +104,15 @@ def walk_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads"])
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads", "threshold"])
 def query_kernel(
-    q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr,
-    queries, keys, heads, kv_heads, c_high, c_low, scale, scale_low,
+    q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, seeds_ptr,
+    queries, keys, heads, kv_heads, c_high, c_low, scale, scale_low, threshold, inverse_high, inverse_low,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth, value_depth,
     g_b, g_h, g_n,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of BM queries of one head.  Grid: (batch * heads, tiles of queries), the last tile first."""
     bh = tl.program_id(0)
@@ -117,6 +133,8 @@ def query_kernel(
     cols = tl.arange(0, BD)
     dq_at = dq_ptr + stat[:, None] * depth + cols[None, :]
     dq_mask = (cols < depth)[None, :]
+    inverse = scale_of(inverse_high, inverse_low, DTYPE)
+    drop = None
     if MASK == "none":
         stop = keys
         whole = keys
@@ -124,13 +142,15 @@ def query_kernel(
             stop = tl.minimum(keys, tile * BM + BM)
             whole = tl.minimum(keys, tile * BM + 1)
         whole = start_of(0, whole, BN)
+        if DROPOUT:
+            drop = (states_of(seeds_ptr, stat, alive, None), threshold, inverse)
         dq = walk_keys(
             tl.zeros([BM, BD], DTYPE), 0, whole, q, grad, lse, delta, k_p, v_p, k_n, v_n, depth, value_depth, c,
-            query, query, alive, mask_k, BM, BN, BD, BDV, EVEN, EVEN_V, True, MASK, CAUSAL, HIDDEN, STAGES,
+            drop, query, query, alive, mask_k, BM, BN, BD, BDV, EVEN, EVEN_V, True, MASK, CAUSAL, HIDDEN, STAGES,
         )  # fmt: skip
         dq = walk_keys(
             dq, whole, stop, q, grad, lse, delta, k_p, v_p, k_n, v_n, depth, value_depth, c,
-            query, query, alive, mask_k, BM, BN, BD, BDV, EVEN, EVEN_V, False, MASK, CAUSAL, HIDDEN, 1,
+            drop, query, query, alive, mask_k, BM, BN, BD, BDV, EVEN, EVEN_V, False, MASK, CAUSAL, HIDDEN, 1,
         )  # fmt: skip
         dq = dq * scale_of(scale, scale_low, DTYPE) + 0.0
         tl.store(dq_at, dq.to(dq_ptr.dtype.element_ty), mask=alive[:, None] & dq_mask)
@@ -142,6 +162,8 @@ def query_kernel(
         last = tl.load(last_ptr + info, mask=alive, other=0)
         nothing = alive & (first >= keys)
         tl.store(dq_at, tl.zeros([BM, BD], dq_ptr.dtype.element_ty), mask=nothing[:, None] & dq_mask)
+        if DROPOUT:
+            drop = (states_of(seeds_ptr, stat, alive, first), threshold, inverse)
         anchor = tl.min(first, 0)
         while anchor < keys:
             rows = alive & (first == anchor)
@@ -151,12 +173,12 @@ def query_kernel(
             if MASK == "bool":
                 whole = start_of(anchor, tl.min(tl.where(rows, hole, keys), 0), BN)
                 dq = walk_keys(
-                    dq, anchor, whole, q, grad, lse, delta, k_p, v_p, k_n, v_n, depth, value_depth, c, mask_row, query,
-                    rows, mask_k, BM, BN, BD, BDV, EVEN, EVEN_V, True, MASK, CAUSAL, HIDDEN, STAGES,
+                    dq, anchor, whole, q, grad, lse, delta, k_p, v_p, k_n, v_n, depth, value_depth, c, drop, mask_row,
+                    query, rows, mask_k, BM, BN, BD, BDV, EVEN, EVEN_V, True, MASK, CAUSAL, HIDDEN, STAGES,
                 )  # fmt: skip
             dq = walk_keys(
-                dq, whole, stop, q, grad, lse, delta, k_p, v_p, k_n, v_n, depth, value_depth, c, mask_row, query, rows,
-                mask_k, BM, BN, BD, BDV, EVEN, EVEN_V, False, MASK, CAUSAL, HIDDEN, STAGES,
+                dq, whole, stop, q, grad, lse, delta, k_p, v_p, k_n, v_n, depth, value_depth, c, drop, mask_row, query,
+                rows, mask_k, BM, BN, BD, BDV, EVEN, EVEN_V, False, MASK, CAUSAL, HIDDEN, STAGES,
             )  # fmt: skip
             dq = dq * scale_of(scale, scale_low, DTYPE) + 0.0
             tl.store(dq_at, dq.to(dq_ptr.dtype.element_ty), mask=rows[:, None] & dq_mask)
@@ -188,16 +210,21 @@ def seen_and_bias_across(
 @triton.jit
 def walk_queries(
     dk, dv, start, stop, k, v, q_p, grad_p, lse_p, delta_p, mask_p, first_p, keys_at, num_keys, q_n, g_n, mask_q,
-    mask_k, depth, value_depth, c,
+    mask_k, depth, value_depth, c, drop,
     BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, ALL: tl.constexpr, MASK: tl.constexpr,
     CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Add the blocks of one head's queries from ``start`` to ``stop`` to the gradients of a tile of keys."""
+    """Add the blocks of one head's queries from ``start`` to ``stop`` to the gradients of a tile of keys.
+
+    ``drop``: of dropout, where the head's seeds are, the threshold and the factor of what is kept; None without.
+    """
     for n in tl.range(start, stop, BM, num_stages=STAGES):
         query = n + tl.arange(0, BM)
         alive = query < stop
-        if MASK != "none" and not ALL:
-            alive = alive & (tl.load(first_p + query, mask=alive, other=num_keys) < num_keys)
+        first = None
+        if MASK != "none" and (not ALL or drop is not None):
+            first = tl.load(first_p + query, mask=alive, other=num_keys)
+            alive = alive & (first < num_keys)
         at = query.to(tl.int64)
         q = load_queries(q_p + at * q_n, alive, depth, BD)
         grad = load_queries(grad_p + at * g_n, alive, value_depth, BDV)
@@ -210,8 +237,16 @@ def walk_queries(
                 mask_p, keys_at, query, num_keys, alive, mask_q, mask_k, HIDDEN, MASK, CAUSAL, lse.dtype
             )
             p = weights(s, c, bias, seen, lse, True, MASK)
-        dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee", out_dtype=lse.dtype)
+        given = p
+        if drop is not None:
+            seeds_p, threshold, inverse = drop
+            states = states_of(seeds_p, at, alive, first)
+            kept = is_kept(states[None, :], keys_at[:, None], threshold)
+            given = tl.where(kept, p * inverse, 0.0)
+        dv = tl.dot(given.to(grad.dtype), grad, dv, input_precision="ieee", out_dtype=lse.dtype)
         dp = tl.dot(v, tl.trans(grad), input_precision="ieee", out_dtype=lse.dtype)
+        if drop is not None:
+            dp = tl.where(kept, dp * inverse, 0.0)
         ds = p * (dp - delta[None, :])
         if not ALL:
             ds = tl.where(seen, ds, 0.0)
@@ -249,14 +284,15 @@ def clear_from(first_p, hole_p, start, stop, low, high):
     return clear
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads"])
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads", "threshold"])
 def key_kernel(
     q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, begin_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    queries, keys, heads, kv_heads, c_high, c_low, scale, scale_low,
+    seeds_ptr, queries, keys, heads, kv_heads, c_high, c_low, scale, scale_low, threshold, inverse_high, inverse_low,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth, value_depth,
     g_b, g_h, g_n, begin_b, begin_h,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Gradients of BN keys and values of one head: over the group's heads, then over queries, both ascending.
 
@@ -268,6 +304,7 @@ def key_kernel(
     hk = (bh % kv_heads).to(tl.int64)
     group = heads // kv_heads
     c = scale_of(c_high, c_low, DTYPE)
+    inverse = scale_of(inverse_high, inverse_low, DTYPE)
     k = load_rows(k_p + b * k_b + hk * k_h, 0, 0, n, 0, keys, k_n, depth, BN, BD, EVEN, False)
     v = load_rows(v_p + b * v_b + hk * v_h, 0, 0, n, 0, keys, v_n, value_depth, BN, BDV, EVEN_V, False)
     keys_at = n + tl.arange(0, BN)
@@ -278,6 +315,9 @@ def key_kernel(
         q_p = q_ptr + b * q_b + h * q_h
         grad_p = grad_ptr + b * g_b + h * g_h
         stat = (b * heads + h) * queries
+        drop = None
+        if DROPOUT:
+            drop = (seeds_ptr + stat, threshold, inverse)
         if MASK == "none":
             start = 0
             middle = tl.where(n + BN > keys, queries, 0)  # a ragged tile has rows that must not see anything
@@ -288,12 +328,12 @@ def key_kernel(
                 middle = tl.where(n + BN > keys, queries, tl.minimum(whole, queries))
             dk, dv = walk_queries(
                 dk, dv, start, middle, k, v, q_p, grad_p, lse_ptr + stat, delta_ptr + stat, mask_ptr, first_ptr,
-                keys_at, keys, q_n, g_n, mask_q, mask_k, depth, value_depth, c, BM, BD, BDV, False, MASK, CAUSAL,
+                keys_at, keys, q_n, g_n, mask_q, mask_k, depth, value_depth, c, drop, BM, BD, BDV, False, MASK, CAUSAL,
                 HIDDEN, 1,
             )  # fmt: skip
             dk, dv = walk_queries(
                 dk, dv, middle, queries, k, v, q_p, grad_p, lse_ptr + stat, delta_ptr + stat, mask_ptr, first_ptr,
-                keys_at, keys, q_n, g_n, mask_q, mask_k, depth, value_depth, c, BM, BD, BDV, True, MASK, CAUSAL,
+                keys_at, keys, q_n, g_n, mask_q, mask_k, depth, value_depth, c, drop, BM, BD, BDV, True, MASK, CAUSAL,
                 HIDDEN, STAGES,
             )  # fmt: skip
         else:
@@ -308,13 +348,13 @@ def key_kernel(
             dk, dv = walk_queries(
                 dk, dv, start, middle, k, v, q_p, grad_p, lse_ptr + stat, delta_ptr + stat,
                 mask_ptr + b * mask_b + h * mask_h, first_ptr + info, keys_at, keys, q_n, g_n, mask_q, mask_k, depth,
-                value_depth, c, BM, BD, BDV, False, MASK, CAUSAL, HIDDEN, STAGES,
+                value_depth, c, drop, BM, BD, BDV, False, MASK, CAUSAL, HIDDEN, STAGES,
             )  # fmt: skip
             if MASK == "bool":
                 dk, dv = walk_queries(
                     dk, dv, middle, high, k, v, q_p, grad_p, lse_ptr + stat, delta_ptr + stat, mask_ptr,
-                    first_ptr, keys_at, keys, q_n, g_n, mask_q, mask_k, depth, value_depth, c, BM, BD, BDV, True,
-                    MASK, CAUSAL, HIDDEN, STAGES,
+                    first_ptr, keys_at, keys, q_n, g_n, mask_q, mask_k, depth, value_depth, c, drop, BM, BD, BDV,
+                    True, MASK, CAUSAL, HIDDEN, STAGES,
                 )  # fmt: skip
     dk = dk * scale_of(scale, scale_low, DTYPE) + 0.0
     dv = dv + 0.0
@@ -339,13 +379,14 @@ def begin_kernel(first_ptr, begin_ptr, queries, keys, BLOCK: tl.constexpr):
     tl.store(begin_ptr + row, begin)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "batch", "heads", "kv_heads", "batches", "mask_heads"])
+@triton.jit(do_not_specialize=["queries", "keys", "batch", "heads", "kv_heads", "batches", "mask_heads", "threshold"])
 def mask_kernel(
-    q_ptr, k_p, v_p, mask_ptr, grad_ptr, lse_ptr, delta_ptr, ds_ptr,
-    queries, keys, batch, heads, kv_heads, batches, mask_heads, c_high, c_low,
-    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, depth, value_depth, g_b, g_h, g_n,
+    q_ptr, k_p, v_p, mask_ptr, first_ptr, grad_ptr, lse_ptr, delta_ptr, ds_ptr, seeds_ptr,
+    queries, keys, batch, heads, kv_heads, batches, mask_heads, c_high, c_low, threshold, inverse_high, inverse_low,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth, value_depth,
+    g_b, g_h, g_n,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
-    CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, DTYPE: tl.constexpr,
+    CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, DTYPE: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the masked scores, summed over the batches and heads that share a mask, in ascending order.
 
@@ -379,6 +420,10 @@ def mask_kernel(
             s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=DTYPE)
             p = weights(s, c, bias, seen, lse, False, "additive")
             dp = tl.dot(grad, tl.trans(v), input_precision="ieee", out_dtype=DTYPE)
+            if DROPOUT:
+                first = tl.load(first_ptr + b * info_b + h * info_h + query, mask=alive, other=keys)
+                kept = is_kept(states_of(seeds_ptr, stat, alive, first)[:, None], keys_at[None, :], threshold)
+                dp = tl.where(kept, dp * scale_of(inverse_high, inverse_low, DTYPE), 0.0)
             total += tl.where(seen, p * (dp - delta[:, None]), 0.0)
     row = tl.cast(own, tl.int64) * queries + query
     mask = alive[:, None] & (keys_at < keys)[None, :]

@@ -22,8 +22,9 @@ Tensor new_statistic(const Problem& p, const Tensor& q) {
 }
 
 std::tuple<Tensor, Tensor> sdpa(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<Tensor> mask,
-                                bool causal, double scale, std::optional<Tensor> /*rows*/) {
-  const Problem p = problem_of(q, k, v, mask, causal, scale);
+                                bool causal, double scale, std::optional<Tensor> /*rows*/,
+                                std::optional<Tensor> seeds, double dropout_p) {
+  const Problem p = problem_of(q, k, v, mask, causal, scale, seeds, dropout_p);
   Tensor out = new_output(p, q.scalar_type());
   Tensor lse = new_statistic(p, q);
   dispatch("sdpa", q.scalar_type(), [&](auto type) {

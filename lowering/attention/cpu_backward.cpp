@@ -21,8 +21,9 @@ Tensor mask_gradient(const Problem& p, const Tensor& mask, const S* score_grad) 
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sdpa_backward(const Tensor& grad, const Tensor& q, const Tensor& k,
                                                          const Tensor& v, std::optional<Tensor> mask, const Tensor& out,
-                                                         const Tensor& lse, bool causal, double scale, bool mask_grad) {
-  const Problem p = problem_of(q, k, v, mask, causal, scale);
+                                                         const Tensor& lse, bool causal, double scale, bool mask_grad,
+                                                         std::optional<Tensor> seeds, double dropout_p) {
+  const Problem p = problem_of(q, k, v, mask, causal, scale, seeds, dropout_p);
   for (const Tensor* t : {&grad, &out})
     STD_TORCH_CHECK(t->dim() == 4 && t->scalar_type() == q.scalar_type() && t->size(0) == p.batch &&
                         t->size(1) == p.heads && t->size(2) == p.queries && t->size(3) == p.value_depth,
@@ -38,7 +39,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sdpa_backward(const Tensor& grad, con
     using S = typename Compute<T>::Scalar;
     const int64_t rows = p.batch * p.heads * p.queries;
     std::vector<S> statistics(3 * rows), score_grad(mask_grad ? rows * p.keys : 0);
-    const RowStatistics<S> saved{statistics.data(), statistics.data() + rows, statistics.data() + 2 * rows};
+    std::vector<int64_t> first(p.dropout.seeds ? rows : 0);
+    const RowStatistics<S> saved{statistics.data(), statistics.data() + rows, statistics.data() + 2 * rows,
+                                 first.data()};
     if (p.heads > 0) {
       const View grads = view_of(grad);
       S* of_scores = mask_grad ? score_grad.data() : nullptr;

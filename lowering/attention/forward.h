@@ -183,6 +183,18 @@ void tile_weights(const Problem& p, const Tile& t, S* weights, int64_t ld, Softm
   }
 }
 
+// Multiply the numbers that belong to the weights of a tile, in rows `ld` apart, by what dropout makes of each.
+template <class S>
+void drop_weights(const Problem& p, const Tile& t, S* numbers, int64_t ld, const Extent* extents) {
+  struct Factors;
+  S* factors = scratch<Factors, S>(ld);
+  for (int64_t r = 0; r < t.rows; r++) {
+    const auto [first, last] = std::pair(extents[r].first, extents[r].last);
+    p.dropout.factors_of_row(p.dropout.seed(t.batch, t.head(r), t.query(r)), 0, last - first, factors);
+    multiply_kept(numbers + r * ld + first, factors, last - first);
+  }
+}
+
 // to[0..width) = (numbers / by) rounded to T.
 template <class T, class S>
 void store_quotient(const S* numbers, S by, int64_t width, T* to) {
@@ -215,6 +227,10 @@ void forward(const Problem& p, T* out, S* lse) {
     struct Extents;
     Extent* extents = scratch<Extents, Extent>(t.rows);
     for (int64_t r = 0; r < t.rows; r++) extents[r] = stats[r].extent;
+    if (p.dropout.seeds) {
+      drop_weights(p, t, weights, ld, extents);
+      for (int64_t r = 0; r < t.rows; r++) extents[r] = extent_of(weights + r * ld, ld);
+    }
     weighted_sums(weights, ld, extents, t.rows, p.v.matrix<T>(t.batch, t.kv_head), p.value_depth, totals);
     for (int64_t r = 0; r < t.rows; r++) {
       const Softmax<S>& row = stats[r];

@@ -48,7 +48,7 @@ def _strides(p: Problem, info: RowInfo) -> tuple[int, ...]:
 
 def _tile_constants(p: Problem, schedule: TileSchedule, flagged: int) -> tuple[Any, ...]:
     tail = p.tail(schedule.tma, schedule.stages)
-    return (schedule.rows, *tail[:-1], flagged, *tail[-1:])
+    return (schedule.rows, *tail[:-1], flagged, p.drops, *tail[-1:])
 
 
 def run_tiles(p: Problem, schedule: TileSchedule) -> tuple[Tensor, Tensor]:
@@ -59,8 +59,9 @@ def run_tiles(p: Problem, schedule: TileSchedule) -> tuple[Tensor, Tensor]:
     k, v = descriptors(p) if schedule.tma else (p.k, p.v)
     launch(
         tile_kernel, (batch * heads, cdiv(queries, schedule.rows)),
-        (p.q, k, v, p.mask if p.mask is not None else p.q, info.first, info.hole, info.last, out, lse, p.q),
-        (queries, p.k.shape[2], heads, p.k.shape[1], *p.scales), _strides(p, info),
+        (p.q, k, v, p.mask if p.mask is not None else p.q, info.first, info.hole, info.last, out, lse, p.q,
+         p.seeds_or_q),
+        (queries, p.k.shape[2], heads, p.k.shape[1], *p.scales, *p.dropout), _strides(p, info),
         _tile_constants(p, schedule, 0), schedule.warps, schedule.stages,
     )  # fmt: skip
     return out, lse
@@ -164,8 +165,9 @@ def run_flagged(p: Problem, info: RowInfo, rows: int, flags: Tensor, out: Tensor
     schedule, at_once = TileSchedule(rows, warps=8, stages=1), 8
     launch(
         tile_kernel, (batch * heads, cdiv(cdiv(queries, rows), at_once)),
-        (p.q, p.k, p.v, p.mask if p.mask is not None else p.q, info.first, info.hole, info.last, out, lse, flags),
-        (queries, p.k.shape[2], heads, p.k.shape[1], *p.scales), _strides(p, info),
+        (p.q, p.k, p.v, p.mask if p.mask is not None else p.q, info.first, info.hole, info.last, out, lse, flags,
+         p.seeds_or_q),
+        (queries, p.k.shape[2], heads, p.k.shape[1], *p.scales, *p.dropout), _strides(p, info),
         _tile_constants(p, schedule, at_once), schedule.warps, schedule.stages,
     )  # fmt: skip
 
@@ -187,10 +189,11 @@ def takes_hopper(p: Problem, capability: tuple[int, int]) -> bool:
 
 @on_device
 def sdpa(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, rows: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, rows: Tensor | None = None,
+    seeds: Tensor | None = None, dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention and its lse; see ``op.py`` for shapes and ``order.GpuAttentionOrder`` for the order."""
-    p = problem_of("sdpa", q, k, v, mask, is_causal, scale, rows)
+    p = problem_of("sdpa", q, k, v, mask, is_causal, scale, rows, seeds, dropout_p)
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
     if batch * heads * queries == 0 or keys == 0:
@@ -198,16 +201,16 @@ def sdpa(
         return out.zero_(), lse.fill_(-math.inf)
     group_rows = queries * (heads // k.shape[1])
     if INTERPRETED:
-        return run(p, SplitSchedule(16, 4, 1) if group_rows <= 16 else REFERENCE)
+        return run(p, SplitSchedule(16, 4, 1) if group_rows <= 16 and not p.drops else REFERENCE)
     device = device_key(q.device.index)
     candidates: list[Schedule] = []
-    if wants_split(queries, heads // k.shape[1], keys, batch * heads, device.num_sms):
+    if not p.drops and wants_split(queries, heads // k.shape[1], keys, batch * heads, device.num_sms):
         programs = batch * k.shape[1] * cdiv(group_rows, 16)
         pieces = num_pieces(p.order, keys)
         schedules = split_schedules(group_rows, pieces, programs, mask is not None, p.widths, q.dtype, device)
         candidates += [s for s in schedules if not s.tma or (takes_tma(p.k) and takes_tma(p.v))]
     else:
-        if takes_hopper(p, device.capability):
+        if not p.drops and takes_hopper(p, device.capability):
             candidates += hopper_schedules(queries)
         tma = takes_tma(p.k) and takes_tma(p.v)
         candidates += [s for s in tile_schedules(queries, p.widths, q.dtype, device) if tma or not s.tma]

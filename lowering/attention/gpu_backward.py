@@ -60,7 +60,7 @@ class Backward:
         p, (width, value_width) = self.p, self.p.widths
         return (
             queries, keys, width, value_width, width == p.q.shape[3], value_width == p.v.shape[3], p.kind, p.causal,
-            p.hidden, stages, TYPES[p.q.dtype],
+            p.hidden, stages, TYPES[p.q.dtype], p.drops,
         )  # fmt: skip
 
 
@@ -85,8 +85,9 @@ def query_gradient(call: Backward, scale: float, tiles: Tiles) -> Tensor:
     dq = torch.empty(p.q.shape, dtype=p.q.dtype, device=p.q.device)
     launch(
         query_kernel, (batch * heads, cdiv(queries, tiles.own)),
-        (p.q, p.k, p.v, p.mask_or_q, info.first, info.hole, info.last, call.grad, call.lse, call.delta, dq),
-        (*call.sizes, *two_parts(scale)), call.strides, call.constants(tiles.own, tiles.step, tiles.stages),
+        (p.q, p.k, p.v, p.mask_or_q, info.first, info.hole, info.last, call.grad, call.lse, call.delta, dq,
+         p.seeds_or_q),
+        (*call.sizes, *two_parts(scale), *p.dropout), call.strides, call.constants(tiles.own, tiles.step, tiles.stages),
         tiles.warps, tiles.stages,
     )  # fmt: skip
     return dq
@@ -100,8 +101,9 @@ def key_gradient(call: Backward, tiles: Tiles) -> tuple[Tensor, Tensor]:
     begin, begin_strides = _begin(p, info)
     launch(
         key_kernel, (batch * kv_heads, cdiv(keys, tiles.own)),
-        (p.q, p.k, p.v, p.mask_or_q, info.first, info.hole, info.last, begin, call.grad, call.lse, call.delta, dk, dv),
-        (*call.sizes, *two_parts(p.scale)), (*call.strides, *begin_strides),
+        (p.q, p.k, p.v, p.mask_or_q, info.first, info.hole, info.last, begin, call.grad, call.lse, call.delta, dk, dv,
+         p.seeds_or_q),
+        (*call.sizes, *two_parts(p.scale), *p.dropout), (*call.strides, *begin_strides),
         call.constants(tiles.step, tiles.own, tiles.stages), tiles.warps, tiles.stages,
     )  # fmt: skip
     return dk, dv
@@ -129,12 +131,10 @@ def _mask_gradient(p: Problem, mask: Tensor, call: Backward) -> Tensor:
     width, value_width = p.widths
     launch(
         mask_kernel, (cdiv(keys, cols), cdiv(queries, rows), batches * mask_heads),
-        (p.q, p.k, p.v, mask, call.grad, call.lse, call.delta, ds),
-        (queries, keys, batch, heads, p.k.shape[1], batches, mask_heads, *p.scales),
-        (*p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *mask_strides(mask), depth, value_depth,
-         *call.grad.stride()[:3]),
+        (p.q, p.k, p.v, mask, call.info.first, call.grad, call.lse, call.delta, ds, p.seeds_or_q),
+        (queries, keys, batch, heads, p.k.shape[1], batches, mask_heads, *p.scales, *p.dropout), call.strides,
         (rows, cols, width, value_width, width == depth, value_width == value_depth, p.causal, p.hidden,
-         TYPES[p.q.dtype]), 4, 1,
+         TYPES[p.q.dtype], p.drops), 4, 1,
     )  # fmt: skip
     if mask.shape[2] == 1 and queries != 1:
         ds = _sum(ds, batches * mask_heads, queries, keys).view(batches, mask_heads, 1, keys)
@@ -163,10 +163,10 @@ def probe(p: Problem, schedule: BackwardSchedule) -> tuple[Tensor, ...]:
 @on_device
 def sdpa_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, is_causal: bool,
-    scale: float, mask_grad: bool,
+    scale: float, mask_grad: bool, seeds: Tensor | None = None, dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and, if wanted, of the mask; see ``op.py``."""
-    p = problem_of("sdpa_backward", q, k, v, mask, is_causal, scale)
+    p = problem_of("sdpa_backward", q, k, v, mask, is_causal, scale, None, seeds, dropout_p)
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
         if mask is None or not mask_grad:

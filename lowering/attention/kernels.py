@@ -8,6 +8,41 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# -- Dropout -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def mixed(z):
+    """SplitMix64's output function, of uint64; ``bicompile.dropout`` has the same on tensors."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
+    return z ^ (z >> 31)
+
+
+@triton.jit
+def jump(steps):
+    """How far ``steps`` steps move SplitMix64's state, uint64."""
+    return steps.to(tl.uint64) * 0x9E3779B97F4A7C15
+
+
+@triton.jit
+def states_of(seeds_ptr, at, rows, first):
+    """SplitMix64's state of each row before the numbers of its keys, uint64, [rows].
+
+    ``first``: the key that has the row's first number; None: key 0.  So the keys' places alone lead from here.
+    """
+    states = tl.load(seeds_ptr + at, mask=rows, other=0).to(tl.uint64)
+    if first is not None:
+        states -= jump(first)
+    return states
+
+
+@triton.jit
+def is_kept(states, keys, threshold):
+    """Whether dropout keeps the weight of each of ``keys``; ``states`` and ``keys`` broadcast."""
+    return (mixed(states + jump(keys + 1)) >> 40).to(tl.int32) >= threshold
+
+
 # -- One block of keys ------------------------------------------------------------------------------------------------
 
 
@@ -33,10 +68,14 @@ def finite_or(x, floor):
 
 
 @triton.jit
-def step(q, k, v, m, w, acc, c, bias, seen, BM: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr, HOW: tl.constexpr):
-    """One block of keys: the running maximum, the lanes of the weights' sum, and the weighted sum.
+def step(
+    q, k, v, m, w, acc, c, drop, n, bias, seen,
+    BM: tl.constexpr, BN: tl.constexpr, LANES: tl.constexpr, HOW: tl.constexpr,
+):  # fmt: skip
+    """One block of keys, from ``n``: the running maximum, the lanes of the weights' sum, and the weighted sum.
 
     ``HOW``: "all" rows see all keys; "some": ``seen`` says which; "biased": ``bias`` is added where they do.
+    ``drop``: of dropout, the rows' states, the threshold and the factor of the weights that are kept; None without.
     """
     s = tl.dot(q, tl.trans(k), input_precision="ieee", out_dtype=m.dtype)
     if HOW == "all":
@@ -56,6 +95,10 @@ def step(q, k, v, m, w, acc, c, bias, seen, BM: tl.constexpr, BN: tl.constexpr, 
     alpha = tl.exp2(m - safe)
     w = w * alpha[:, None] + fold(p, BM, BN, LANES)
     acc = acc * alpha[:, None]
+    if drop is not None:
+        states, threshold, inverse = drop
+        kept = is_kept(states[:, None], (n + tl.arange(0, BN))[None, :], threshold)
+        p = tl.where(kept, p * inverse, 0.0)
     if HOW == "all":
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee", out_dtype=m.dtype)
     else:
@@ -192,7 +235,7 @@ def seen_and_bias(
 @triton.jit
 def walk(
     M, W, Y, m, w, acc, part, q, k_p, v_p, b, hk, anchor, start, stop, column, k_n, v_n, depth, value_depth, c,
-    mask_row, query, alive, mask_k, hidden, part_ptr, stats_ptr, splits, row_id,
+    drop, mask_row, query, alive, mask_k, hidden, part_ptr, stats_ptr, splits, row_id,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
     LANES: tl.constexpr, ALL: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, PARTS: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr,
@@ -207,13 +250,13 @@ def walk(
         if ALL:
             k = load_rows(k_p, b, hk, n, 0, None, k_n, depth, BN, BD, EVEN, TMA)
             v = load_rows(v_p, b, hk, n, column, None, v_n, value_depth, BN, BDV, EVEN_V, TMA)
-            m, w, acc = step(q, k, v, m, w, acc, c, None, None, BM, BN, LANES, "all")
+            m, w, acc = step(q, k, v, m, w, acc, c, drop, n, None, None, BM, BN, LANES, "all")
         else:
             k = load_rows(k_p, b, hk, n, 0, stop, k_n, depth, BN, BD, EVEN, TMA)
             v = load_rows(v_p, b, hk, n, column, stop, v_n, value_depth, BN, BDV, EVEN_V, TMA)
             seen, bias = seen_and_bias(mask_row, n, query, stop, alive, mask_k, hidden, BM, BN, MASK, CAUSAL, m.dtype)
             how: tl.constexpr = "biased" if MASK == "additive" else "some"
-            m, w, acc = step(q, k, v, m, w, acc, c, bias, seen, BM, BN, LANES, how)
+            m, w, acc = step(q, k, v, m, w, acc, c, drop, n, bias, seen, BM, BN, LANES, how)
         if ends_split(n - anchor + BN, SPLITS):
             if PARTS:
                 store_part(
@@ -250,7 +293,7 @@ def start_of(anchor, whole, BN: tl.constexpr):
 
 @triton.jit
 def tile_pass(
-    anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query, mask_k,
+    anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, drop, mask_row, query, mask_k,
     out_row, lse_row,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
     LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, TMA: tl.constexpr,
@@ -267,12 +310,12 @@ def tile_pass(
     whole = start_of(anchor, whole, BN)
     M, W, Y, m, w, acc, _ = walk(
         M, W, Y, m, w, acc, 0, q, k_p, v_p, b, hk, anchor, anchor, whole, 0, k_n, v_n, depth, value_depth, c,
-        mask_row, query, rows, mask_k, HIDDEN, q, q, 0, query, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK != "additive",
-        MASK, CAUSAL, False, TMA, STAGES, SPLITS,
+        drop, mask_row, query, rows, mask_k, HIDDEN, q, q, 0, query, BM, BN, BD, BDV, EVEN, EVEN_V, LANES,
+        MASK != "additive", MASK, CAUSAL, False, TMA, STAGES, SPLITS,
     )  # fmt: skip
     M, W, Y, m, w, acc, _ = walk(
         M, W, Y, m, w, acc, 0, q, k_p, v_p, b, hk, anchor, whole, stop, 0, k_n, v_n, depth, value_depth, c,
-        mask_row, query, rows, mask_k, HIDDEN, q, q, 0, query, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, False,
+        drop, mask_row, query, rows, mask_k, HIDDEN, q, q, 0, query, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, False,
         MASK, CAUSAL, False, TMA, 1, SPLITS,
     )  # fmt: skip
     M, W, Y = merge(M, W, Y, m, fold_all(w, BM, LANES), acc)
@@ -281,21 +324,21 @@ def tile_pass(
 
 @triton.jit
 def scale_of(c_high, c_low, DTYPE: tl.constexpr):
-    """The factor of the scores, which comes in two parts where float32 cannot hold it."""
+    """A factor, such as that of the scores, which comes in two parts where float32 cannot hold it."""
     if DTYPE == tl.float64:
         return tl.full([], 0.0, DTYPE) + c_high + c_low
     else:
         return c_high
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads"])
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads", "threshold"])
 def tile_kernel(
-    q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, out_ptr, lse_ptr, flag_ptr,
-    queries, keys, heads, kv_heads, c_high, c_low,
+    q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, out_ptr, lse_ptr, flag_ptr, seeds_ptr,
+    queries, keys, heads, kv_heads, c_high, c_low, threshold, inverse_high, inverse_low,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth, value_depth,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
     LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, TMA: tl.constexpr,
-    STAGES: tl.constexpr, DTYPE: tl.constexpr, FLAGGED: tl.constexpr,
+    STAGES: tl.constexpr, DTYPE: tl.constexpr, FLAGGED: tl.constexpr, DROPOUT: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
     """BM queries of one head over all their keys.  Grid: (batch * heads, tiles of queries), the last tile first.
@@ -313,29 +356,29 @@ def tile_kernel(
                 if tl.load(flag_ptr + bh * tiles + tile) > 0:
                     one_tile(
                         bh, tile, q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, out_ptr, lse_ptr,
-                        queries, keys, heads, kv_heads, c_high, c_low,
+                        seeds_ptr, queries, keys, heads, kv_heads, c_high, c_low, threshold, inverse_high, inverse_low,
                         q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h,
                         depth, value_depth, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES,
-                        DTYPE, SPLITS,
+                        DTYPE, DROPOUT, SPLITS,
                     )  # fmt: skip
     else:
         one_tile(
             tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1), q_ptr, k_p, v_p, mask_ptr, first_ptr,
-            hole_ptr, last_ptr, out_ptr, lse_ptr, queries, keys, heads, kv_heads, c_high, c_low,
-            q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth,
-            value_depth, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE,
-            SPLITS,
+            hole_ptr, last_ptr, out_ptr, lse_ptr, seeds_ptr, queries, keys, heads, kv_heads, c_high, c_low,
+            threshold, inverse_high, inverse_low, q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q,
+            mask_k, info_b, info_h, depth, value_depth, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA,
+            STAGES, DTYPE, DROPOUT, SPLITS,
         )  # fmt: skip
 
 
 @triton.jit
 def one_tile(
-    bh, tile, q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, out_ptr, lse_ptr,
-    queries, keys, heads, kv_heads, c_high, c_low,
+    bh, tile, q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, out_ptr, lse_ptr, seeds_ptr,
+    queries, keys, heads, kv_heads, c_high, c_low, threshold, inverse_high, inverse_low,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, mask_b, mask_h, mask_q, mask_k, info_b, info_h, depth, value_depth,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, EVEN: tl.constexpr, EVEN_V: tl.constexpr,
     LANES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr, TMA: tl.constexpr,
-    STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    STAGES: tl.constexpr, DTYPE: tl.constexpr, DROPOUT: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Tile number ``tile`` of head ``bh``."""
@@ -353,15 +396,20 @@ def one_tile(
         k_p += b64 * k_b + hk.to(tl.int64) * k_h
         v_p += b64 * v_b + hk.to(tl.int64) * v_h
     out_row = out_ptr + ((b64 * queries + query) * heads + h) * value_depth
-    lse_row = lse_ptr + bh.to(tl.int64) * queries + query
+    stat = bh.to(tl.int64) * queries + query
+    lse_row = lse_ptr + stat
+    inverse = scale_of(inverse_high, inverse_low, DTYPE)
+    drop = None
     if MASK == "none":
         stop = keys
         whole = keys
         if CAUSAL:
             stop = tl.minimum(keys, tile * BM + BM)
             whole = tl.minimum(keys, tile * BM + 1)
+        if DROPOUT:
+            drop = (states_of(seeds_ptr, stat, alive, None), threshold, inverse)
         tile_pass(
-            0, whole, stop, alive, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, query, query, mask_k,
+            0, whole, stop, alive, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, drop, query, query, mask_k,
             out_row, lse_row, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE,
             SPLITS,
         )  # fmt: skip
@@ -372,13 +420,15 @@ def one_tile(
         hole = tl.load(hole_ptr + info, mask=alive, other=keys)
         last = tl.load(last_ptr + info, mask=alive, other=0)
         store_nothing(out_row, lse_row, BM, BDV, value_depth, alive & (first >= keys), DTYPE)
+        if DROPOUT:
+            drop = (states_of(seeds_ptr, stat, alive, first), threshold, inverse)
         anchor = tl.min(first, 0)
         while anchor < keys:  # one pass for each anchor among the rows: nearly always one
             rows = alive & (first == anchor)
             stop = tl.max(tl.where(rows, last, 0), 0)
             whole = tl.min(tl.where(rows, hole, keys), 0)
             tile_pass(
-                anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query,
+                anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, drop, mask_row, query,
                 mask_k, out_row, lse_row, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES,
                 DTYPE, SPLITS,
             )  # fmt: skip

@@ -2,6 +2,9 @@
 
 ``bicompile::mask_rows`` is what a GPU reads of a mask before it attends: where each row's keys begin, have their first
 gap, and end.  ``sdpa`` does it itself where it is not given these ``rows``; the CPU's has no use for them.
+
+Dropout: ``seeds`` are ``bicompile.dropout.keys_of(q)``, a number for each query row.  Whether the weight of a key is
+dropped follows from the row's seed and from how far the key is from the first one that the row's mask lets it see.
 """
 
 from __future__ import annotations
@@ -16,23 +19,32 @@ _LIB = torch.library.Library("bicompile", "FRAGMENT")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIB.define(
-    "sdpa(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, Tensor? rows=None) -> (Tensor out, "
-    "Tensor lse)",
+    "sdpa(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float scale, Tensor? rows=None, "
+    "Tensor? seeds=None, float dropout_p=0.0) -> (Tensor out, Tensor lse)",
     tags=_TAGS,
 )
 _LIB.define("mask_rows(Tensor mask, bool is_causal) -> Tensor", tags=_TAGS)
 _LIB.define(
     "sdpa_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor out, Tensor lse, bool is_causal, "
-    "float scale, bool mask_grad) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask)",
+    "float scale, bool mask_grad, Tensor? seeds=None, float dropout_p=0.0) -> (Tensor dq, Tensor dk, Tensor dv, "
+    "Tensor dmask)",
     tags=_TAGS,
 )
 
 
 @torch.library.register_fake("bicompile::sdpa", lib=_LIB)
 def _(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, rows: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    rows: Tensor | None = None,
+    seeds: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    _check_op("sdpa", q, k, v, mask)
+    _check_op("sdpa", q, k, v, mask, seeds, dropout_p)
     batch, heads, queries, _ = q.shape
     out = q.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
     lse = q.new_empty((batch, heads, queries), dtype=_statistics_dtype(q.dtype))
@@ -60,8 +72,10 @@ def _(
     is_causal: bool,
     scale: float,
     mask_grad: bool,
+    seeds: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_op("sdpa_backward", q, k, v, mask)
+    _check_op("sdpa_backward", q, k, v, mask, seeds, dropout_p)
     expected = (*q.shape[:3], v.shape[3])
     torch._check(
         grad.shape == expected and out.shape == expected,
@@ -74,7 +88,9 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dmask
 
 
-def _check_op(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+def _check_op(
+    op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seeds: Tensor | None, dropout_p: float
+) -> None:
     """What the ops themselves take: four dims, nothing broadcast but the mask."""
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)}"
     torch._check(
@@ -98,23 +114,33 @@ def _check_op(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
         mask is None or (mask.dim() <= 4 and mask.dtype in (torch.bool, torch.float32, q.dtype)),
         lambda: f"bicompile::{op}: expected a mask of at most 4 dims, of bool, float32 or q's dtype {q.dtype}",
     )
+    if seeds is None:
+        torch._check(dropout_p == 0.0, lambda: f"bicompile::{op}: expected seeds for dropout_p={dropout_p}, got None")
+        return
+    torch._check(
+        seeds.shape == q.shape[:3] and seeds.dtype == torch.int64 and 0.0 <= dropout_p <= 1.0,
+        lambda: (
+            f"bicompile::{op}: expected int64 seeds of shape {tuple(q.shape[:3])} and dropout_p from 0 to 1, got "
+            f"{seeds.dtype} of shape {tuple(seeds.shape)} and {dropout_p}"
+        ),
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, mask, is_causal, scale, _ = inputs
+    q, k, v, mask, is_causal, scale, _, seeds, dropout_p = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, mask, out, lse)
-    ctx.is_causal, ctx.scale = is_causal, scale
+    ctx.save_for_backward(q, k, v, mask, out, lse, seeds)
+    ctx.is_causal, ctx.scale, ctx.dropout_p = is_causal, scale, dropout_p
 
 
 def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, mask, out, lse = ctx.saved_tensors
+    q, k, v, mask, out, lse, seeds = ctx.saved_tensors
     mask_grad = ctx.needs_input_grad[3]
     dq, dk, dv, dmask = torch.ops.bicompile.sdpa_backward(
-        grad, q, k, v, mask, out, lse, ctx.is_causal, ctx.scale, mask_grad
+        grad, q, k, v, mask, out, lse, ctx.is_causal, ctx.scale, mask_grad, seeds, ctx.dropout_p
     )
-    return dq, dk, dv, dmask if mask_grad else None, None, None, None
+    return dq, dk, dv, dmask if mask_grad else None, None, None, None, None, None
 
 
 def _unsupported(message: str) -> Exception:
@@ -152,19 +178,15 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention`` in the batch-invariant order.
 
-    Takes every form that PyTorch takes but dropout: 2-D to n-D inputs, leading dims that broadcast, boolean (True:
-    attend) and additive masks that broadcast to ``[..., L, S]``, ``is_causal`` aligned to the upper left, grouped
-    query heads.  A query row that sees no key gives zeros and has zero gradients.
+    Takes every form that PyTorch takes: 2-D to n-D inputs, leading dims that broadcast, boolean (True: attend) and
+    additive masks that broadcast to ``[..., L, S]``, ``is_causal`` aligned to the upper left, grouped query heads.  A
+    query row that sees no key gives zeros and has zero gradients.  What ``dropout_p`` drops of a row follows from a
+    seed drawn for the call, the row's query and its keys' places: see ``bicompile.dropout``.
 
     Raises:
-        UnsupportedOpError: ``dropout_p`` above 0, or inside a transform of ``torch.func``.
+        UnsupportedOpError: inside a transform of ``torch.func``.
         ValueError: shapes or dtypes that do not go together.
     """
-    if dropout_p > 0.0:
-        raise _unsupported(
-            f"scaled_dot_product_attention: dropout_p={dropout_p} draws random numbers by position in the batch and "
-            "has no batch-invariant lowering; call it with dropout_p=0.0 (model.eval() in most models)"
-        )
     # Dynamo, which calls this for transformers, cannot trace the question; a graph's op then says no by itself.
     if not torch.compiler.is_dynamo_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         raise _unsupported(
@@ -178,15 +200,16 @@ def scaled_dot_product_attention(
     if enable_gqa and key.shape[-3] != value.shape[-3]:
         key, value = (_repeat_heads(t, query) for t in (key, value))
     if _is_plain(query, key, value, attn_mask, enable_gqa):
-        return torch.ops.bicompile.sdpa(query, key, value, attn_mask, is_causal, scale)[0]
+        return _attend(query, key, value, attn_mask, is_causal, scale, dropout_p)
     lead, heads, kv_heads = _leading_dims(query, key, value, enable_gqa)
-    out, _ = torch.ops.bicompile.sdpa(
+    out = _attend(
         _four_dims(query, lead, heads),
         _four_dims(key, lead, kv_heads),
         _four_dims(value, lead, kv_heads),
         None if attn_mask is None else _mask_for(attn_mask, lead, heads),
         is_causal,
         scale,
+        dropout_p,
     )
     if len(lead) > 1:
         return out.unflatten(0, lead)
@@ -194,6 +217,18 @@ def scaled_dot_product_attention(
         return out
     out = out.squeeze(0)
     return out if max(query.dim(), key.dim(), value.dim()) > 2 else out.squeeze(0)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float, dropout_p: float
+) -> Tensor:
+    """The op, on what it takes."""
+    if dropout_p == 0.0:
+        return torch.ops.bicompile.sdpa(query, key, value, mask, is_causal, scale)[0]
+    from bicompile.dropout import keys_of  # late: bicompile imports this module
+
+    seeds = keys_of(query).squeeze(-1)
+    return torch.ops.bicompile.sdpa(query, key, value, mask, is_causal, scale, None, seeds, dropout_p)[0]
 
 
 def _is_plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool) -> bool:
@@ -316,12 +351,20 @@ def _mask_for(mask: Tensor, lead: torch.Size, heads: int) -> Tensor:
 
 
 def _cuda(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, rows: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    rows: Tensor | None = None,
+    seeds: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     from .gpu import sdpa  # late: importing the op must not import triton
 
-    _check_op("sdpa", q, k, v, mask)
-    return sdpa(q, k, v, mask, is_causal, scale, rows)
+    _check_op("sdpa", q, k, v, mask, seeds, dropout_p)
+    return sdpa(q, k, v, mask, is_causal, scale, rows, seeds, dropout_p)
 
 
 def _cuda_mask_rows(mask: Tensor, is_causal: bool) -> Tensor:
@@ -341,11 +384,13 @@ def _cuda_backward(
     is_causal: bool,
     scale: float,
     mask_grad: bool,
+    seeds: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from .gpu_backward import sdpa_backward  # late: importing the op must not import triton
 
-    _check_op("sdpa_backward", q, k, v, mask)
-    return sdpa_backward(grad, q, k, v, mask, out, lse, is_causal, scale, mask_grad)
+    _check_op("sdpa_backward", q, k, v, mask, seeds, dropout_p)
+    return sdpa_backward(grad, q, k, v, mask, out, lse, is_causal, scale, mask_grad, seeds, dropout_p)
 
 
 _LIB.impl("sdpa", _cuda, "CUDA")

@@ -63,6 +63,11 @@ class GpuAttentionOrder:
     A hidden key adds nothing, whatever it and its value hold.  A value of NaN or Inf in a key that the row sees makes
     that column of the row NaN.
 
+    Dropout: the weights' own sum has all weights; in the weighted sum those that are dropped are 0, and the others are
+    multiplied by ``1 / (1 - p)`` before they are rounded to the values' dtype.  What is dropped follows from the row's
+    seed and the key's distance from the row's first key under the mask.  Backward: ``dP`` likewise, and the weights
+    that ``dv`` takes.
+
     Backward: ``P = exp2(fma(score, scale * log2(e), bias - lse))``; ``dq``: one chain over keys from the anchor;
     ``dk``, ``dv``: one chain over the group's heads in ascending order, inside a head over queries counted from the
     first query of the batch row that sees any key.

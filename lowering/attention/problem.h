@@ -1,8 +1,10 @@
 // What a call of bicompile::sdpa or of its backward computes with: its arguments, checked.
 #pragma once
 
+#include <cmath>
 #include <string>
 
+#include "dropout.h"
 #include "pack.h"
 
 namespace bicompile::attention {
@@ -23,6 +25,7 @@ struct Problem {
   ScalarType mask_dtype;
   bool causal;
   double scale;
+  Dropout dropout;
   int64_t group() const { return heads / kv_heads; }
 };
 
@@ -53,7 +56,7 @@ inline View mask_view(const Tensor& mask, const int64_t (&sizes)[4]) {
 }
 
 inline Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& mask,
-                          bool causal, double scale) {
+                          bool causal, double scale, const std::optional<Tensor>& seeds, double dropout_p) {
   STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
                   "bicompile::sdpa: expected q, k, v of 4 dims, [batch, heads, length, depth], got shapes ",
                   shape_of(q), ", ", shape_of(k), " and ", shape_of(v));
@@ -65,13 +68,24 @@ inline Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v, con
                   "bicompile::sdpa: expected q [B, H, L, D], k [B, Hkv, S, D] and v [B, Hkv, S, Dv] with H a multiple ",
                   "of Hkv, got ", shape_of(q), ", ", shape_of(k), " and ", shape_of(v));
   Problem p{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3),
-            view_of(q), view_of(k), view_of(v), {}, ScalarType::Bool, causal, scale};
+            view_of(q), view_of(k), view_of(v), {}, ScalarType::Bool, causal, scale, {}};
   if (mask) {
     const ScalarType dtype = mask->scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Bool || dtype == ScalarType::Float || dtype == q.scalar_type(),
                     "bicompile::sdpa: expected a mask of bool, float32 or q's dtype, got ", name_of(dtype));
     p.mask = mask_view(*mask, {p.batch, p.heads, p.queries, p.keys});
     p.mask_dtype = dtype;
+  }
+  STD_TORCH_CHECK(seeds || dropout_p == 0, "bicompile::sdpa: expected seeds for dropout_p=", dropout_p, ", got none");
+  if (seeds) {
+    STD_TORCH_CHECK(seeds->scalar_type() == ScalarType::Long && seeds->dim() == 3 && seeds->size(0) == p.batch &&
+                        seeds->size(1) == p.heads && seeds->size(2) == p.queries && dropout_p >= 0 && dropout_p <= 1,
+                    "bicompile::sdpa: expected int64 seeds [B, H, L] and dropout_p from 0 to 1, got shape ",
+                    shape_of(*seeds), " and dropout_p=", dropout_p);
+    p.dropout.seeds = static_cast<const int64_t*>(seeds->data_ptr());
+    for (int64_t i = 0; i < 3; i++) p.dropout.strides[i] = seeds->stride(i);
+    p.dropout.threshold = uint64_t(std::nearbyint(dropout_p * 0x1p24));
+    p.dropout.scale = dropout_p < 1 ? 1 / (1 - dropout_p) : 0;
   }
   return p;
 }

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bicompile.dropout import threshold_of
 from bicompile.lowering.gpu.launch import INTERPRETED, on_device
 
 from .order import HIDDEN_BELOW, GpuAttentionOrder, gpu_order_for
@@ -66,6 +67,8 @@ class Problem:
     causal: bool
     scale: float
     rows: Tensor | None = None  # of the mask, where they have been read before
+    seeds: Tensor | None = None  # one of each query row, dense; None without dropout
+    dropout_p: float = 0.0
 
     @property
     def order(self) -> GpuAttentionOrder:
@@ -75,6 +78,22 @@ class Problem:
     def mask_or_q(self) -> Tensor:
         """The mask; without one, a tensor that no kernel reads."""
         return self.q if self.mask is None else self.mask
+
+    @property
+    def seeds_or_q(self) -> Tensor:
+        """The rows' seeds; without dropout, a tensor that no kernel reads."""
+        return self.q if self.seeds is None else self.seeds
+
+    @property
+    def drops(self) -> bool:
+        """Whether there is dropout."""
+        return self.seeds is not None
+
+    @property
+    def dropout(self) -> tuple[int, float, float]:
+        """The number below which a weight is dropped, and the factor of the others as the sum of two float32."""
+        kept = 1.0 - self.dropout_p
+        return threshold_of(self.dropout_p), *two_parts(1.0 / kept if kept else 0.0)
 
     @property
     def kind(self) -> str:
@@ -126,7 +145,7 @@ def cdiv(a: int, b: int) -> int:
 
 def problem_of(
     op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
-    rows: Tensor | None = None,
+    rows: Tensor | None = None, seeds: Tensor | None = None, dropout_p: float = 0.0,
 ) -> Problem:  # fmt: skip
     """Check what the fake kernel does not, and bring the inputs into the form that the kernels take."""
     if k.shape[1] == 0 and q.shape[1] or k.shape[1] and q.shape[1] % k.shape[1]:
@@ -149,7 +168,8 @@ def problem_of(
             )
         if rows is not None and rows.shape != (3, *mask.shape[:2], q.shape[2]):
             raise ValueError(f"bicompile::{op}: rows of shape {tuple(rows.shape)} are not those of this mask")
-    return Problem(q, k, v, mask, causal, scale, rows)
+    seeds = None if seeds is None or dropout_p == 0.0 else seeds.contiguous()
+    return Problem(q, k, v, mask, causal, scale, rows, seeds, dropout_p)
 
 
 def _four_dims(mask: Tensor) -> Tensor:

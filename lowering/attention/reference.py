@@ -11,13 +11,25 @@ import math
 import torch
 from torch import Tensor
 
+from bicompile.dropout import is_kept
+
 from .order import AttentionOrder, order_for
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    seeds: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:
     """Attention of q ``[B, H, L, D]`` to k ``[B, Hkv, S, D]``, v ``[B, Hkv, S, Dv]``: output and lse."""
     order = order_for(q.dtype)
     weights, top, total = _softmax(q, k, mask, is_causal, scale, order)
+    weights = _dropped(weights, weights, seeds, dropout_p)
     values = _weighted_sum(weights, _for_each_head(v, q), order)
     seen = top != -math.inf
     out = torch.where(seen[..., None], values / total[..., None], 0.0)
@@ -25,7 +37,16 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, 
 
 
 def sdpa_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, is_causal: bool, scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    is_causal: bool,
+    scale: float,
+    seeds: Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, and of the masked scores ``[B, H, L, S]``, the last not rounded to q's dtype."""
     order = order_for(q.dtype)
@@ -33,6 +54,7 @@ def sdpa_backward(
     p = torch.where(weights == 0, 0.0, weights / total[..., None])
     wide = grad.to(order.accumulator)
     dp = _dot(wide[..., :, None, :], _for_each_head(v, q)[..., None, :, :], order)
+    dp = _dropped(dp, weights, seeds, dropout_p)
     delta = _dot(wide, out.to(order.accumulator), order)
     ds = torch.where(p == 0, 0.0, p * (dp - delta[..., None]))
 
@@ -40,9 +62,19 @@ def sdpa_backward(
     dq = _weighted_sum(ds, _for_each_head(k, q), order, first) * scale
     first = _first(p.mT)
     dk = _over_group(_weighted_sum(ds.mT, q.to(order.accumulator), order, first), k) * scale
-    dv = _over_group(_weighted_sum(p.mT, wide, order, first), v)
+    p = _dropped(p, weights, seeds, dropout_p)
+    dv = _over_group(_weighted_sum(p.mT, wide, order), v)
     dq, dk, dv = (_canonical(t.to(q.dtype)) for t in (dq, dk, dv))
     return dq, dk, dv, ds
+
+
+def _dropped(numbers: Tensor, weights: Tensor, seeds: Tensor | None, dropout_p: float) -> Tensor:
+    """``numbers`` [B, H, L, S], one for each weight, as dropout leaves them."""
+    if seeds is None:
+        return numbers
+    places = torch.arange(weights.shape[-1]) - _first(weights)[..., None]
+    kept = is_kept(seeds[..., None], places, dropout_p)
+    return torch.where(kept, numbers * (1 / (1 - dropout_p) if dropout_p < 1 else 0.0), 0.0)
 
 
 def _softmax(

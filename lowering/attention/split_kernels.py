@@ -40,8 +40,8 @@ def split_pass(
     """
     if not SPLIT:
         tile_pass(
-            anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, mask_row, query, mask_k,
-            out_row, lse_row, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE,
+            anchor, whole, stop, rows, q, k_p, v_p, b, hk, k_n, v_n, depth, value_depth, c, None, mask_row, query,
+            mask_k, out_row, lse_row, BM, BN, BD, BDV, EVEN, EVEN_V, LANES, MASK, CAUSAL, HIDDEN, TMA, STAGES, DTYPE,
             SPLITS,
         )  # fmt: skip
         return
@@ -55,13 +55,13 @@ def split_pass(
         whole = tl.maximum(start_of(anchor, tl.minimum(whole, stop), BN), start)
         _, _, _, m, w, acc, part = walk(
             m, m, acc, m, w, acc, part, q, k_p, v_p, b, hk, anchor, start, whole, column, k_n, v_n, depth,
-            value_depth, c, mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, splits, row_id, BM, BN, BD, BDV,
-            EVEN, EVEN_V, LANES, MASK != "additive", MASK, CAUSAL, True, TMA, STAGES, SPLITS,
+            value_depth, c, None, mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, splits, row_id, BM, BN,
+            BD, BDV, EVEN, EVEN_V, LANES, MASK != "additive", MASK, CAUSAL, True, TMA, STAGES, SPLITS,
         )  # fmt: skip
         _, _, _, m, w, acc, part = walk(
             m, m, acc, m, w, acc, part, q, k_p, v_p, b, hk, anchor, whole, stop, column, k_n, v_n, depth,
-            value_depth, c, mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, splits, row_id, BM, BN, BD, BDV,
-            EVEN, EVEN_V, LANES, False, MASK, CAUSAL, True, TMA, 1, SPLITS,
+            value_depth, c, None, mask_row, query, rows, mask_k, HIDDEN, part_ptr, stats_ptr, splits, row_id, BM, BN,
+            BD, BDV, EVEN, EVEN_V, LANES, False, MASK, CAUSAL, True, TMA, 1, SPLITS,
         )  # fmt: skip
         # Blocks that reach past ``stop`` may have ended the last split; else it is stored here.
         if anchor + split_start(part, log2_of(SPLITS[0][2]), SPLITS[0][1], SPLITS) < stop:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from dropped_attention import dropped_attention
 from torch import Tensor
 from workers import once
 
@@ -24,7 +25,10 @@ from bicompile.lowering.attention.schedule import (
     REFERENCE_BACKWARD,
     SplitSchedule,
     TileSchedule,
+    backward_schedules,
+    tile_schedules,
 )
+from bicompile.lowering.gpu.device import device_key
 from bicompile.testing import same_bits
 
 ops = torch.ops.bicompile
@@ -33,6 +37,8 @@ every_kind = pytest.mark.parametrize(("dtype", "depth"), KINDS, ids=str)
 main_kind = pytest.mark.parametrize(("dtype", "depth"), KINDS[:1], ids=str)
 ERRORS = [*KINDS, (torch.bfloat16, 80), (torch.bfloat16, 256), (torch.float64, 64)]
 """Dtypes and depths whose values are checked."""
+DROPPED_ERRORS = [*KINDS, (torch.float64, 64)]
+"""The same with dropout."""
 SCALE = 0.1
 
 
@@ -52,18 +58,28 @@ def inputs(
     return q, k, v
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> tuple[Tensor, Tensor]:
-    out, lse = ops.sdpa(q, k, v, mask, causal, SCALE)
+def seeds_for(q: Tensor) -> Tensor:
+    """Any int64, for each query row."""
+    g = torch.Generator(device="cuda").manual_seed(7)
+    return torch.randint(-(2**63), 2**63 - 1, q.shape[:3], generator=g, device="cuda")
+
+
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False, seeds: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, lse = ops.sdpa(q, k, v, mask, causal, SCALE, None, seeds, dropout_p)
     return out, lse
 
 
 def gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False
-) -> tuple[Tensor, ...]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False,
+    seeds: Tensor | None = None, dropout_p: float = 0.0,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """dq, dk, dv and, for a floating-point mask, dmask."""
-    out, lse = sdpa(q, k, v, mask, causal=causal)
+    out, lse = sdpa(q, k, v, mask, causal=causal, seeds=seeds, dropout_p=dropout_p)
     wanted = mask is not None and mask.dtype != torch.bool
-    found = ops.sdpa_backward(grad, q, k, v, mask, out, lse, causal, SCALE, wanted)
+    found = ops.sdpa_backward(grad, q, k, v, mask, out, lse, causal, SCALE, wanted, seeds, dropout_p)
     return tuple(found if wanted else found[:3])
 
 
@@ -76,22 +92,23 @@ def pad(t: Tensor, left: int, right: int, value: float) -> Tensor:
     return F.pad(t, (0, 0, left, right), value=value)
 
 
-def _prepare(case: tuple[torch.dtype, int, str, int]) -> None:
+def _prepare(case: tuple[torch.dtype, int, str, int, float]) -> None:
     """Compile and admit what the tests of one kind of problem need; runs in a process of its own.
 
-    The last number of ``case`` is how many queries, or 0 for the gradients.
+    The last numbers of ``case`` are how many queries, or 0 for the gradients, and the probability of dropout.
     """
-    dtype, depth, mask, queries = case
+    dtype, depth, mask, queries, dropout_p = case
     q, k, v = inputs(dtype, depth, queries=queries or 700)
     seen = None
     if mask == "bool":
         seen = causal_mask(queries or 700, 700)
     elif mask == "additive":
         seen = torch.zeros(queries, 700, dtype=dtype, device="cuda")
+    seeds = seeds_for(q) if dropout_p else None
     if queries:
-        sdpa(q, k, v, seen, causal=mask == "causal")
+        sdpa(q, k, v, seen, causal=mask == "causal", seeds=seeds, dropout_p=dropout_p)
     else:
-        gradients(torch.ones_like(q), q, k, v, seen, causal=mask == "causal")
+        gradients(torch.ones_like(q), q, k, v, seen, causal=mask == "causal", seeds=seeds, dropout_p=dropout_p)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -106,6 +123,9 @@ def _compile_beforehand() -> None:
     cases += [(*first, "additive", n) for n in (700, 1)]
     cases += [(*kind, *case) for kind in others for case in (("causal", 700), ("bool", 700), ("bool", 16), ("none", 1))]
     cases += [(dtype, depth, "causal", 0) for dtype, depth in ERRORS]
+    cases = [(*case, 0.0) for case in cases]
+    cases += [(*kind, mask, n, 0.2) for kind in KINDS[:2] for mask in ("causal", "bool") for n in (700, 0)]
+    cases += [(dtype, depth, "causal", 0, 0.2) for dtype, depth in DROPPED_ERRORS if (dtype, depth) not in KINDS[:2]]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(min(12, os.cpu_count() or 1), context) as pool:
         list(pool.map(_prepare, cases))
@@ -127,7 +147,7 @@ def test_schedules_are_admitted():
 def test_probes_show_which_keys_the_tensor_core_adds_together(dtype: torch.dtype, depth: int):
     """Control: keys that change places among 32, as Triton does it for ``mma.sync`` behind a load of bytes."""
     moved = torch.arange(32, device="cuda").view(2, 4, 2, 2).permute(2, 0, 1, 3).flatten()
-    for p in admitted._probes(torch.cuda.current_device(), dtype, depth, depth, "none", False):
+    for p in admitted._probes(torch.cuda.current_device(), dtype, depth, depth, "none", False, False):
         keys = torch.arange(p.k.shape[2], device="cuda")
         whole = keys[: len(keys) // 32 * 32].view(-1, 32)
         whole.copy_(whole[:, moved])
@@ -384,6 +404,141 @@ def test_backward_schedules_have_the_same_bits():
         for schedule in (REFERENCE_BACKWARD, PLAIN_BACKWARD)
     ]
     assert same_bits(found[1], found[0])
+
+
+# --- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "depth"), KINDS[:2], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_dropped_row_of_the_batch_has_same_bits_among_any_others(dtype: torch.dtype, depth: int, masked: bool):
+    q, k, v = inputs(dtype, depth, batch=4, queries=150, keys=700)
+    tensors = [values(tuple(q.shape), dtype, 9), q, k, v, seeds_for(q)]
+    if masked:
+        mask = torch.rand(4, 1, 150, 700, device="cuda", generator=torch.Generator("cuda").manual_seed(1)) < 0.8
+        mask[1, :, :, :33] = False
+        tensors.append(mask)
+
+    def run(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, seeds: Tensor, *mask: Tensor) -> tuple[Tensor, ...]:
+        dropout = dict(causal=not mask, seeds=seeds, dropout_p=0.2)
+        return *sdpa(q, k, v, *mask, **dropout), *gradients(grad, q, k, v, *mask, **dropout)
+
+    whole = run(*tensors)
+    assert not same_bits(whole[0], sdpa(*tensors[1:4], *tensors[5:], causal=not masked)[0])
+    order = [3, 0, 2, 1]
+    permuted = run(*(t[order] for t in tensors))
+    for ours, expected in zip(permuted, whole, strict=True):
+        assert same_bits(ours, expected[order])
+    for row in (1, 3):
+        alone = run(*(t[row : row + 1] for t in tensors))
+        for ours, expected in zip(alone, whole, strict=True):
+            assert same_bits(ours[0], expected[row])
+    assert same_bits(run(*tensors), whole)
+
+
+@pytest.mark.parametrize(("dtype", "depth"), KINDS[:2], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+def test_schedules_drop_alike(dtype: torch.dtype, depth: int, masked: bool):
+    q, k, v = inputs(dtype, depth, batch=2, heads=4, queries=300, keys=1300)
+    mask = causal_mask(300, 1300) if masked else None
+    if mask is not None:
+        mask[:200, :37] = False
+    p = problem_of("sdpa", q, k, v, mask, not masked, SCALE, None, seeds_for(q), 0.2)
+    device = device_key(q.device.index)
+    out, lse = expected = gpu.run(p, REFERENCE)
+    for schedule in tile_schedules(300, p.widths, dtype, device):
+        assert same_bits(gpu.run(p, schedule), expected), schedule
+    grad = values(tuple(q.shape), dtype, 3)
+    wanted = gpu_backward.run_backward(p, grad, out, lse, SCALE, False, REFERENCE_BACKWARD)[:3]
+    for schedule in backward_schedules(p.widths, dtype, device):
+        found = gpu_backward.run_backward(p, grad, out, lse, SCALE, False, schedule)[:3]
+        assert same_bits(found, wanted), schedule
+
+
+@main_kind
+def test_one_dropped_query_is_that_of_many(dtype: torch.dtype, depth: int):
+    q, k, v = inputs(dtype, depth, queries=300, keys=300)
+    seeds = seeds_for(q)
+    whole, _ = sdpa(q, k, v, causal=True, seeds=seeds, dropout_p=0.2)
+    for i in (0, 127, 128, 299):
+        one = q[:, :, i : i + 1], k[:, :, : i + 1], v[:, :, : i + 1]
+        assert same_bits(sdpa(*one, seeds=seeds[:, :, i : i + 1], dropout_p=0.2)[0], whole[:, :, i : i + 1])
+
+
+@main_kind
+def test_left_padding_does_not_move_what_is_dropped(dtype: torch.dtype, depth: int):
+    length, padding = 300, 67
+    q, k, v = inputs(dtype, depth, queries=length, keys=length)
+    grad, seeds = values(tuple(q.shape), dtype, 3), seeds_for(q)
+    expected = sdpa(q, k, v, causal=True, seeds=seeds, dropout_p=0.2)
+    expected += gradients(grad, q, k, v, causal=True, seeds=seeds, dropout_p=0.2)
+    mask = causal_mask(length + padding, length + padding)
+    mask[:, :padding] = False
+    moved = [pad(t, padding, 0, math.nan) for t in (q, k, v)]
+    dropout = dict(seeds=F.pad(seeds, (padding, 0), value=5), dropout_p=0.2)
+    found = *sdpa(*moved, mask, **dropout), *gradients(pad(grad, padding, 0, 1.0), *moved, mask, **dropout)
+    assert same_bits(tuple(t[:, :, padding:] for t in found), expected)
+
+
+@pytest.mark.parametrize(("dtype", "depth"), DROPPED_ERRORS, ids=str)
+@pytest.mark.parametrize("kind", ["causal", "bool", "additive"])
+def test_error_with_dropout_is_not_much_above_that_of_plain_torch(dtype: torch.dtype, depth: int, kind: str):
+    g = torch.Generator("cuda").manual_seed(0)
+    shapes = ((2, 6, 260, depth), (2, 2, 260, depth), (2, 2, 260, depth), (2, 6, 260, depth))
+    q, k, v, grad = (torch.randn(shape, generator=g, device="cuda").to(dtype) for shape in shapes)
+    mask = None
+    if kind != "causal":
+        mask = torch.rand(2, 1, 260, 260, generator=g, device="cuda") < 0.8
+        mask[0, :, :, :19] = False
+    if kind == "additive":
+        bias = torch.randn(2, 1, 260, 260, generator=g, device="cuda").to(dtype)
+        mask = bias.masked_fill(~mask, -math.inf)
+    seeds = seeds_for(q)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return ops.sdpa(q, k, v, mask, kind == "causal", SCALE, None, seeds, 0.2)[0]
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        return dropped_attention(q, k, v, mask, kind == "causal", SCALE, seeds, 0.2)
+
+    def run(function: Callable[..., Tensor], wide: torch.dtype) -> Iterator[Tensor]:
+        leaves = [t.to(wide).requires_grad_() for t in (q, k, v)]
+        own = mask
+        if mask is not None and kind == "additive":
+            own = mask.to(wide).requires_grad_()
+            leaves.append(own)
+        out = function(*leaves[:3], own)
+        yield out.detach()
+        yield from torch.autograd.grad(out, leaves, grad.to(wide))
+
+    floor = 16 * torch.finfo(torch.float64).eps
+    for mine, theirs, truth in zip(run(ours, dtype), run(plain, dtype), run(plain, torch.float64), strict=True):
+        error = [((x.double() - truth).norm() / truth.norm()).item() for x in (theirs, mine)]
+        assert error[1] <= 2 * error[0] + floor
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_compiled_dropout_does_not_follow_the_batch(dtype: torch.dtype):
+    q, k, v = inputs(dtype, 64, batch=4, heads=4, kv_heads=4, queries=200, keys=200)
+    grad = values(tuple(q.shape), dtype, 3)
+
+    @torch.compile(backend="batch_invariant", fullgraph=True)
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.2, is_causal=True)
+
+    def run(rows: list[int]) -> tuple[Tensor, ...]:
+        leaves = [t[rows].requires_grad_() for t in (q, k, v)]
+        torch.manual_seed(5)
+        out = attend(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad[rows])
+
+    whole = run([0, 1, 2, 3])
+    assert same_bits(run([0, 1, 2, 3]), whole)
+    for rows in ([2], [3, 0], [1, 3, 2]):
+        for ours, expected in zip(run(rows), whole, strict=True):
+            assert same_bits(ours, expected[rows])
+    torch.manual_seed(6)
+    assert not same_bits(attend(q, k, v), whole[0])
 
 
 @pytest.mark.parametrize("queries", [1, 300])

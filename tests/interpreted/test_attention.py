@@ -11,10 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
+from dropped_attention import dropped_attention
 from torch import Tensor
 from triton.runtime import interpreter
 
-from bicompile.lowering.attention import gpu, gpu_backward
+from bicompile import dropout
+from bicompile.lowering.attention import gpu, gpu_backward, kernels
 from bicompile.lowering.attention.order import gpu_order_for
 from bicompile.lowering.attention.problem import mask_rows
 from bicompile.lowering.attention.schedule import REFERENCE, SplitSchedule, share
@@ -274,3 +278,157 @@ def test_padded_queries_have_no_part_in_gradients():
     for ours, theirs in zip(padded[:3], alone[:3], strict=True):
         assert not ours[:, :, :3].any()
         torch.testing.assert_close(ours[:, :, 3:], theirs)
+
+
+# -- Dropout -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _kept_kernel(seeds_ptr, first_ptr, out_ptr, threshold, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """``kernels.is_kept`` of ROWS rows and KEYS keys, counted from each row's first."""
+    row, key = tl.arange(0, ROWS), tl.arange(0, KEYS)
+    states = kernels.states_of(seeds_ptr, row, row < ROWS, tl.load(first_ptr + row))
+    kept = kernels.is_kept(states[:, None], key[None, :], threshold)
+    tl.store(out_ptr + row[:, None] * KEYS + key[None, :], kept)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 1e-7, 0.25, 0.9, 1.0])
+def test_kernels_keep_what_the_generator_keeps(dropout_p: float):
+    seeds, first = seeds_for(64, 1, 1).flatten(), torch.arange(64, dtype=torch.int32) % 7
+    seeds[:3] = torch.tensor([0, -1, -(2**63)])
+    found = torch.zeros(64, 128, dtype=torch.bool)
+    _kept_kernel[(1,)](seeds, first, found, dropout.threshold_of(dropout_p), 64, 128)
+    wanted = dropout.is_kept(seeds[:, None], torch.arange(128) - first[:, None], dropout_p)
+    assert torch.equal(found, wanted)
+    assert abs(found.double().mean() - (1.0 - dropout_p)) < 0.02
+
+
+def seeds_for(batch: int, heads: int, queries: int) -> Tensor:
+    """Any int64, for each query row."""
+    g = torch.Generator().manual_seed(4)
+    return torch.randint(-(2**63), 2**63 - 1, (batch, heads, queries), generator=g)
+
+
+def with_gaps(batch: int, queries: int, keys: int) -> Tensor:
+    """A boolean mask with left padding, other first keys, gaps, and a row that sees nothing."""
+    mask = torch.rand((batch, 1, queries, keys), generator=torch.Generator().manual_seed(5)) < 0.7
+    mask[0, :, :, :5] = False
+    mask[-1, :, : queries // 2, :9] = False
+    mask[0, :, 2] = False
+    return mask
+
+
+def noise(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64).to(dtype)
+
+
+KINDS = [(torch.float32, 0.25), (torch.float16, 0.25), (torch.float64, 0.25), (torch.float32, 1.0)]
+
+
+@pytest.mark.parametrize(("dtype", "dropout_p"), KINDS, ids=str)
+def test_dropout_falls_on_weights_after_their_sum(dtype: torch.dtype, dropout_p: float):
+    """Over several blocks and splits, few queries and many; GQA and odd depths."""
+    shapes = [
+        (dict(queries=3, keys=530), None, False),
+        (dict(queries=18, keys=45, depth=24, value_depth=5), None, True),
+        (dict(batch=2, queries=19, keys=70), with_gaps(2, 19, 70), False),
+        (dict(queries=9, keys=40), noise((9, 40)).float().masked_fill(~with_gaps(1, 9, 40)[0], -math.inf), False),
+    ]
+    for sizes, mask, causal in shapes:
+        q, k, v = inputs(dtype, **sizes)
+        seeds = seeds_for(*q.shape[:3])
+        out, lse = gpu.sdpa(q, k, v, mask, causal, SCALE, None, seeds, dropout_p)
+        wide = mask.double() if mask is not None and mask.dtype != torch.bool else mask
+        wanted = dropped_attention(q.double(), k.double(), v.double(), wide, causal, SCALE, seeds, dropout_p)
+        if dtype == torch.float64:  # whose factors are sums of two float32
+            torch.testing.assert_close(out, wanted, rtol=1e-13, atol=1e-13)
+        else:
+            assert close(out, wanted, dtype)
+        p = gpu.problem_of("sdpa", q, k, v, mask, causal, SCALE)
+        assert same_bits(lse, gpu.run_tiles(p, REFERENCE)[1])  # the weights' sum has the dropped ones too
+
+
+def test_seeds_without_dropout_change_nothing():
+    q, k, v = inputs(torch.float32, queries=30)
+    seeds = seeds_for(*q.shape[:3])
+    out, lse = gpu.sdpa(q, k, v, None, True, SCALE)
+    assert same_bits(gpu.sdpa(q, k, v, None, True, SCALE, None, seeds, 0.0), (out, lse))
+    found = gpu_backward.sdpa_backward(out, q, k, v, None, out, lse, True, SCALE, False, seeds, 0.0)
+    assert same_bits(found, gpu_backward.sdpa_backward(out, q, k, v, None, out, lse, True, SCALE, False))
+
+
+def test_seeds_may_lie_anyhow():
+    q, k, v = inputs(torch.float32, heads=2, queries=30)
+    seeds = seeds_for(*q.shape[:3])
+    strided = seeds.transpose(1, 2).contiguous().transpose(1, 2)
+    out, lse = gpu.sdpa(q, k, v, None, True, SCALE, None, seeds, 0.5)
+    assert same_bits(gpu.sdpa(q, k, v, None, True, SCALE, None, strided, 0.5), (out, lse))
+    found = gpu_backward.sdpa_backward(out, q, k, v, None, out, lse, True, SCALE, False, seeds, 0.5)
+    assert same_bits(gpu_backward.sdpa_backward(out, q, k, v, None, out, lse, True, SCALE, False, strided, 0.5), found)
+
+
+DROPPED = [(kind, 0.25) for kind in (*MASKS, "gaps", "gaps, causal", "hidden")] + [("causal", 1.0), ("hidden", 1.0)]
+
+
+@pytest.mark.parametrize(("kind", "dropout_p"), DROPPED)
+def test_gradients_with_dropout_are_those_of_attention(kind: str, dropout_p: float):
+    causal = kind.endswith("causal")
+    queries, keys = (12, 20) if kind in MASKS else (20, 38)
+    q, k, v = inputs(torch.float64, batch=2, queries=queries, keys=keys, depth=7, value_depth=5)
+    scale = -SCALE if kind == "negative scale" else SCALE
+    shape = MASKS.get(kind)
+    mask = None if shape is None else noise(shape)
+    if kind == "bool" or kind.startswith("gaps"):
+        mask = with_gaps(2, queries, keys)
+    elif kind == "hidden":
+        mask = noise((2, 1, queries, keys)).masked_fill(~with_gaps(2, queries, keys), -math.inf)
+    wanted_mask = mask is not None and mask.dtype != torch.bool
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    if wanted_mask and mask is not None:
+        leaves.append(mask.clone().requires_grad_())
+    seeds = seeds_for(*q.shape[:3])
+    truth = dropped_attention(*leaves[:3], leaves[3] if wanted_mask else mask, causal, scale, seeds, dropout_p)
+    out, lse = gpu.sdpa(q, k, v, mask, causal, scale, None, seeds, dropout_p)
+    grad = noise(tuple(out.shape))
+    found = gpu_backward.sdpa_backward(grad, q, k, v, mask, out, lse, causal, scale, wanted_mask, seeds, dropout_p)
+    exact_ones = torch.autograd.grad(truth, leaves, grad)
+    for ours, exact_one in zip((out, *found[: len(leaves)]), (truth.detach(), *exact_ones), strict=True):
+        torch.testing.assert_close(ours, exact_one, rtol=1e-12, atol=1e-12)
+
+
+def test_left_padding_does_not_move_what_is_dropped():
+    """One tile of queries and of keys, so that NumPy's products have their bits at the same places."""
+    length, padding, dropout_p = 37, 16, 0.3
+    q, k, v = inputs(torch.float32, queries=length, keys=length)
+    grad, seeds = noise(tuple(q.shape), torch.float32), seeds_for(*q.shape[:3])
+    out, lse = gpu.sdpa(q, k, v, None, True, SCALE, None, seeds, dropout_p)
+    found = gpu_backward.sdpa_backward(grad, q, k, v, None, out, lse, True, SCALE, False, seeds, dropout_p)
+    mask = torch.ones(length + padding, length + padding, dtype=torch.bool).tril()
+    mask[:, :padding] = False
+    moved = [F.pad(t, (0, 0, padding, 0), value=math.nan) for t in (q, k, v)]
+    seeds = F.pad(seeds, (padding, 0), value=7)
+    padded, padded_lse = gpu.sdpa(*moved, mask, False, SCALE, None, seeds, dropout_p)
+    assert same_bits((padded[:, :, padding:], padded_lse[:, :, padding:]), (out, lse))
+    assert not padded[:, :, :padding].any()
+    grad = F.pad(grad, (0, 0, padding, 0), value=1.0)
+    theirs = gpu_backward.sdpa_backward(grad, *moved, mask, padded, padded_lse, False, SCALE, False, seeds, dropout_p)
+    assert same_bits(tuple(t[:, :, padding:] for t in theirs[:3]), found[:3])
+    assert not any(t[:, :, :padding].any() for t in theirs[:3])
+
+
+def test_value_that_is_not_finite_reaches_rows_that_drop_its_key():
+    """As in PyTorch, where what is dropped is multiplied by 0."""
+    q, k, v = inputs(torch.float32, queries=20, keys=20)
+    v[:, :, 11, 3] = math.nan
+    out, _ = gpu.sdpa(q, k, v, None, True, SCALE, None, seeds_for(1, 2, 20), 0.5)
+    assert out[:, :, 11:, 3].isnan().all() and not out[:, :, :11].isnan().any() and not out[..., 4:].isnan().any()
+
+
+def test_empty_inputs_with_dropout():
+    for queries, keys in ((0, 5), (5, 0)):
+        q, k, v = inputs(torch.float32, queries=queries, keys=keys)
+        seeds = seeds_for(1, 2, queries)
+        out, lse = gpu.sdpa(q, k, v, None, False, SCALE, None, seeds, 0.5)
+        assert out.shape == (1, 2, queries, 8) and not out.any() and (lse == -math.inf).all()
+        found = gpu_backward.sdpa_backward(out, q, k, v, None, out, lse, False, SCALE, False, seeds, 0.5)
+        assert not any(t.any() for t in found[:3])

@@ -173,16 +173,15 @@ def _batch_norm_backward(
         mean, rstd = running_mean, torch.rsqrt(running_var.to(compute) + eps)
     assert mean is not None and rstd is not None
     axes = [d for d in range(x.dim()) if d != 1]
-
-    def summed(t: Tensor) -> Tensor:
-        if x.device.type != "cpu" or compute == torch.float64:
-            return t.sum(axes)
-        # Rounded by a kernel of its own, as a sum of one: else compiled code rounds it anew for every element.
-        return torch.sum(t.sum(axes, dtype=torch.float64).unsqueeze(0), 0, dtype=compute)
-
     g, rstd = grad.to(compute), rstd.to(compute)
     distance = x.to(compute) - _spread(mean.to(compute), x)
-    total, product = summed(g), summed(g * distance)
+    summed = g, g * distance
+    if x.device.type != "cpu" or compute == torch.float64:
+        total, product = (t.sum(axes) for t in summed)
+    else:
+        # Rounded by a kernel of its own, as sums of one: else compiled code rounds them anew for every element.
+        sums = torch.stack([t.sum(axes, dtype=torch.float64) for t in summed])
+        total, product = sums.unsqueeze(0).sum(0, dtype=compute).unbind()
     d_x = d_weight = d_bias = None
     if output_mask[0]:
         d_x = g

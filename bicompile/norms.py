@@ -137,8 +137,8 @@ def _batch_norm(
     if running_mean is None or running_var is None:
         return found
     n = math.prod(x.shape[d] for d in axes)
-    updated = [
-        momentum * new + (1 - momentum) * running
+    updated = [  # rounded once to a half precision, as compiled code does it
+        (momentum * new + (1 - momentum) * running.to(new.dtype)).to(running.dtype)
         for new, running in ((mean, running_mean), (var * (n / (n - 1)), running_var))
     ]
     if functional:

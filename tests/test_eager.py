@@ -120,6 +120,27 @@ def test_in_place_views_change_the_tensor_itself():
         assert same_bits(x.quantile(0.5, dim=1), x.median(1).values)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_norm_trains_with_the_bits_of_compiled_code(dtype):
+    """Its result, its gradients and its running statistics."""
+    torch.manual_seed(0)
+    batches = [torch.randn(n, 5, 7, 3).to(dtype) for n in (9, 4)]
+
+    def trained(norm: nn.Module, call: nn.Module) -> list[torch.Tensor]:
+        found = []
+        for x in batches:
+            leaf = x.clone().requires_grad_()
+            y = call(leaf)
+            found += [y.detach(), *torch.autograd.grad(y, [leaf, *norm.parameters()], x.flip(0))]
+        return [*found, *norm.buffers()]
+
+    norm = nn.BatchNorm2d(5).to(dtype)
+    with bicompile.eager():
+        expected = trained(norm, norm)
+    norm = nn.BatchNorm2d(5).to(dtype)
+    assert same_bits(trained(norm, torch.compile(norm, backend="batch_invariant", fullgraph=True)), expected)
+
+
 IMAGES, ROWS, SQUARE = torch.randn(2, 4, 9, 9), torch.randn(3, 5, 16), torch.randn(16, 16)
 COMPOSITES = {
     "attention": lambda: F.scaled_dot_product_attention(ROWS[:, None], ROWS[:, None], ROWS[:, None]),

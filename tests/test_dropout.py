@@ -254,3 +254,29 @@ def test_dropout_under_vmap_is_refused_by_name():
     x = torch.randn(5, 16)
     with bicompile.eager(), pytest.raises(bicompile.UnsupportedOpError, match="bernoulli"):
         torch.func.vmap(lambda row: F.dropout(row, 0.5), randomness="different")(x)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "batch_invariant"])
+def test_models_of_transformers_train_with_dropout_beside_any_padding(attention: str):
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+    import bicompile.transformers  # noqa: F401  # registers the attention
+
+    gpt = GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=99, bos_token_id=1, eos_token_id=1)
+    bert = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=99)
+    tokens = torch.randint(3, 99, (5, 12), generator=torch.Generator().manual_seed(0))
+    seen = torch.ones_like(tokens)
+    seen[2, 8:] = 0
+    for model in (GPT2LMHeadModel(gpt).train(), BertModel(bert).train()):
+        model.set_attn_implementation(attention)
+
+        def run(rows: list[int], length: int = 12, model: nn.Module = model) -> Tensor:
+            torch.manual_seed(4)
+            with bicompile.eager():
+                return model(input_ids=tokens[rows, :length], attention_mask=seen[rows, :length])[0].detach()
+
+        whole = run([0, 1, 2, 3, 4])
+        assert same_bits(run([2, 0]), whole[[2, 0]])
+        assert same_bits(run([2], 8)[0], whole[2, :8])
+        model.eval()
+        assert not same_bits(run([0, 1, 2, 3, 4]), whole)

@@ -146,13 +146,23 @@ def test_autocast_casts_what_the_projections_and_rotary_embeddings_left_wide():
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt-oss", "gemma2"])
-def test_dropout_is_refused_by_name(name: str):
-    module = CAUSAL[name].build().train()
+def test_dropout_of_a_row_is_the_same_alone_and_beside_padding(name: str):
+    """Plain attention, sinks, and soft caps, in a model that trains."""
+    module, batch = CAUSAL[name].build().train(), tokens(3, 5)
     for layer in module.modules():
         if hasattr(layer, "attention_dropout"):
-            layer.attention_dropout = 0.1
-    with pytest.raises(bicompile.UnsupportedOpError, match="dropout_p=0.1"):
-        module(tokens(1, 4))
+            layer.attention_dropout = 0.3
+
+    def run(**inputs: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        with torch.no_grad(), bicompile.eager():
+            return module(**inputs).logits
+
+    whole = run(input_ids=batch)
+    assert same_bits(run(input_ids=batch[1:2]), whole[1:2])
+    assert same_bits(run(**padded(batch, 7))[:, 7:], whole)
+    module.eval()
+    assert not same_bits(run(input_ids=batch), whole)
 
 
 def test_attention_alone_is_covered_outside_of_eager():

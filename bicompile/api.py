@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
@@ -39,7 +40,7 @@ def batch_invariant(target: Any = None, /, **compile_options: Any) -> Any:
         What was given, compiled; or, without ``target``, a decorator.
 
     Raises:
-        TypeError: ``target`` is none of these, or ``backend`` is given.
+        TypeError: ``target`` is none of these, or a generator function, or ``backend`` is given.
     """
     if "backend" in compile_options:
         raise TypeError("batch_invariant: backend is 'batch_invariant' already; call torch.compile for another one")
@@ -56,5 +57,10 @@ def batch_invariant(target: Any = None, /, **compile_options: Any) -> Any:
     if not callable(target):
         raise TypeError(
             f"batch_invariant: expected a function, a module or a module class, got {type(target).__name__}"
+        )
+    if inspect.isgeneratorfunction(target) or inspect.iscoroutinefunction(target):
+        raise TypeError(
+            f"batch_invariant: {target.__name__} is a generator or coroutine, whose code runs outside of its call; "
+            "put what it computes into a function and compile that"
         )
     return compile_it(target)

@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from .config import Options, cache_salt, parse_options, pinned_settings
 from .decompositions import decomposition_table
 from .errors import raising_through_dynamo
+from .graph_breaks import refuse_graph_breaks
 from .interception import intercept_composites
 from .lowering.elementwise.codegen_cpu import materialise_headers, pinned_cpu_codegen
 from .lowering.elementwise.codegen_gpu import pinned_gpu_codegen
@@ -42,6 +43,8 @@ def batch_invariant(
 
     Called by ``torch.compile(..., backend="batch_invariant")``, which passes ``mode`` and ``options`` on.
 
+    A graph break raises ``torch._dynamo.exc.Unsupported``: :mod:`bicompile.graph_breaks`.
+
     Raises:
         OptionError: an option is unknown or would break a promise.
         UnsupportedOpError: the graph holds an op that is not proven and not allowed.
@@ -63,6 +66,7 @@ def reset() -> None:
 
 
 batch_invariant.reset = reset  # type: ignore[attr-defined]
+refuse_graph_breaks(batch_invariant)
 
 
 def compile_graph(

@@ -82,8 +82,8 @@ def parse_options(mode: str | None, options: Mapping[str, Any] | None) -> Option
 
     Args:
         mode: ``"default"`` or ``"reduce-overhead"``.
-        options: ``allow`` (a list of op names such as ``"aten.mode"``), ``on_refused`` (``"error"`` or ``"warn"``)
-            and names from ``torch._inductor.config``.
+        options: ``allow`` (a list of op names such as ``"aten.mode"``, and ``"graph_break"``), ``on_refused``
+            (``"error"`` or ``"warn"``) and names from ``torch._inductor.config``.
 
     Raises:
         OptionError: an unknown name, a value of the wrong kind, or a setting that would break a promise.

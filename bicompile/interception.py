@@ -1,4 +1,4 @@
-"""Catch attention, cross entropy, dropout and determinants above autograd, before PyTorch takes them apart.
+"""Catch attention, cross entropy, dropout, recurrent layers and determinants above autograd.
 
 ``F.scaled_dot_product_attention`` is a composite op: by the time a decomposition table sees it, it has become one of
 several backend ops or a product of matrices, by shape, mask and dropout.  ``F.cross_entropy`` is one too, whose parts
@@ -7,6 +7,7 @@ wherever Python dispatch is on: always while AOTAutograd traces, and inside ``bi
 out of every other backend's way.
 
 The forms of dropout that draw their masks inside C++ are caught; plain dropout is an op of its own further down.
+Recurrent layers have Python kernels already, PyTorch's, which ours stand in front of.
 
 Determinants are caught too, to make their matrices contiguous: PyTorch's gradient goes by the layout of the matrix to
 tell whether the factors that it kept are those of the matrix or of its transpose, and ours are made of a copy.
@@ -29,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from . import dropout
 from .lowering.attention.op import scaled_dot_product_attention
 from .lowering.softmax.cross_entropy import cross_entropy_loss
+from .recurrent import RECURRENT
 
 _ACTIVE: ContextVar[bool] = ContextVar("bicompile_interception", default=False)
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -93,6 +95,21 @@ for _name, _ours in (
     _of_rows(getattr(torch.ops.aten, _name).default, _ours)
     _of_rows(getattr(torch.ops.aten, f"{_name}_").default, _ours)
 _of_rows(torch.ops.aten.dropout_.default, torch.dropout)
+
+
+def _recurrent(op: OpOverload, ours: Callable[..., Any]) -> None:
+    """Make a recurrent layer or cell ours while the context is open."""
+    composite = DispatchKey.CompositeImplicitAutograd
+    stock = op.py_kernels.pop(composite, None) or functools.partial(op._op_dk, composite)
+    op.py_kernels.pop(DispatchKey.Autograd, None)  # the same function; without it, autograd asks for the composite
+
+    @op.py_impl(composite)
+    def _(*args: Any, **kwargs: Any) -> Any:
+        return (ours if is_intercepting() else stock)(*args, **kwargs)
+
+
+for _op, _form in RECURRENT.items():
+    _recurrent(_op, _form)
 
 
 def _of_contiguous(op: OpOverload) -> None:

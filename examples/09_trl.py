@@ -16,6 +16,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as CHUNK
 
 import bicompile
-from bicompile.bench import Report, Row
+from bicompile.bench import Report, Row, plotting
 from bicompile.demo.models import subject
 from bicompile.sampling import SeededSampler
 
@@ -205,25 +206,26 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=12, help="length of a completion, at most")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--autocast", action="store_true", help="TRL's default: compute in bfloat16, keep the weights")
+    parser.add_argument("--plot", metavar="FILE", help="draw the curves (needs matplotlib)")
     parser.add_argument("--write", action="store_true", help="keep the result in examples/benchmarks/results")
     args = parser.parse_args()
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func may change
     stock, ours = run(Stock, args), run(BatchInvariant, args)
     stock.print("stock")
     ours.print("batch_invariant")
+    name = "a random Llama" if args.tiny else "SmolLM2-135M"
+    case = f"GRPO, {name}, {args.steps} steps of {args.rows} sequences, {args.dtype}"
+    named = {"stock": stock, "batch_invariant": ours}.items()
+    extra: dict[str, Any] = {f"{mode}_{of}": getattr(c, of) for mode, c in named for of in ("rewards", "kls")}
+    extra |= {package: metadata.version(package) for package in ("trl", "transformers")}
+    report = Report("trl")
+    report.rows.append(Row(case, "stock transformers", stock.seconds / ours.seconds, not any(ours.kls), extra))
+    report.summarise("steps with a KL of exactly 0", sum(kl == 0.0 for kl in ours.kls) / args.steps, bar=1.0)
+    report.summarise("tokens with other log-probabilities, stock", (torch.cat(stock.apart) != 0).double().mean().item())
     if args.write:
-        name = "a random Llama" if args.tiny else "SmolLM2-135M"
-        case = f"GRPO, {name}, {args.steps} steps of {args.rows} sequences, {args.dtype}"
-        named = {"stock": stock, "batch_invariant": ours}.items()
-        extra: dict[str, Any] = {f"{mode}_{of}": getattr(c, of) for mode, c in named for of in ("rewards", "kls")}
-        extra |= {package: metadata.version(package) for package in ("trl", "transformers")}
-        report = Report("trl")
-        report.rows.append(Row(case, "stock transformers", stock.seconds / ours.seconds, not any(ours.kls), extra))
-        report.summarise("steps with a KL of exactly 0", sum(kl == 0.0 for kl in ours.kls) / args.steps, bar=1.0)
-        report.summarise(
-            "tokens with other log-probabilities, stock", (torch.cat(stock.apart) != 0).double().mean().item()
-        )
         print(report.write())
+    if args.plot:
+        plotting.curves(report.rows, Path(args.plot))
 
 
 if __name__ == "__main__":

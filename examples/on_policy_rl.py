@@ -15,13 +15,14 @@ import argparse
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
 import bicompile
-from bicompile.bench import Report, Row
+from bicompile.bench import Report, Row, plotting
 from bicompile.sampling import SeededSampler
 
 DIGITS = 10  # tokens 0 to 9; the next one pads
@@ -50,9 +51,11 @@ class Samples:
 def policy(args: argparse.Namespace) -> LlamaForCausalLM:
     """A Llama with random weights, the same for the same arguments."""
     torch.manual_seed(0)
+    heads = max(4, args.hidden // 64)
     config = LlamaConfig(
-        vocab_size=DIGITS + 1, hidden_size=args.hidden, intermediate_size=3 * args.hidden, num_attention_heads=4,
-        num_key_value_heads=2, num_hidden_layers=args.layers, pad_token_id=PAD, bos_token_id=None, eos_token_id=None,
+        vocab_size=DIGITS + 1, hidden_size=args.hidden, intermediate_size=3 * args.hidden,
+        num_attention_heads=heads, num_key_value_heads=heads // 2, num_hidden_layers=args.layers,
+        pad_token_id=PAD, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(args.device, getattr(torch, args.dtype)).eval()
 
@@ -129,21 +132,6 @@ def run(mode: str, args: argparse.Namespace) -> Curves:
     return curves
 
 
-def plot(runs: dict[str, Curves], path: str) -> None:
-    """Reward and KL over the steps."""
-    import matplotlib.pyplot as plt
-
-    figure, (reward, kl) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for mode, curves in runs.items():
-        reward.plot(curves.rewards, label=mode)
-        kl.plot([abs(x) for x in curves.kls], label=mode)
-    reward.set(xlabel="step", ylabel="reward")
-    kl.set(xlabel="step", ylabel="|KL(sampler || trainer)|, nats a token")
-    kl.set_yscale("symlog", linthresh=1e-12)
-    reward.legend()
-    figure.savefig(path, dpi=150)
-
-
 def main() -> None:
     """Train in both modes and compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -165,17 +153,17 @@ def main() -> None:
             f"{mode:>15}: KL(sampler || trainer) at most {largest:.3g}, last reward {curves.rewards[-1]:.3f}, "
             f"{curves.seconds:.0f} s"
         )
+    stock, ours = runs["stock"], runs["batch_invariant"]
+    largest = max(abs(kl) for kl in ours.kls)
+    curves = {f"{mode}_{name}": getattr(c, name) for mode, c in runs.items() for name in ("rewards", "kls")}
+    case = f"policy gradient, {args.steps} steps of {args.rows} sequences, {args.layers} layers, {args.dtype}"
+    report = Report("on_policy_rl", args.device)
+    report.rows.append(Row(case, "stock transformers", stock.seconds / ours.seconds, largest == 0.0, curves))
+    report.summarise("steps with a KL of exactly 0", sum(kl == 0.0 for kl in ours.kls) / args.steps, bar=1.0)
     if args.write:
-        stock, ours = runs["stock"], runs["batch_invariant"]
-        largest = max(abs(kl) for kl in ours.kls)
-        curves = {f"{mode}_{name}": getattr(c, name) for mode, c in runs.items() for name in ("rewards", "kls")}
-        case = f"policy gradient, {args.steps} steps of {args.rows} sequences, {args.layers} layers, {args.dtype}"
-        report = Report("on_policy_rl", args.device)
-        report.rows.append(Row(case, "stock transformers", stock.seconds / ours.seconds, largest == 0.0, curves))
-        report.summarise("steps with a KL of exactly 0", sum(kl == 0.0 for kl in ours.kls) / args.steps, bar=1.0)
         print(report.write())
     if args.plot:
-        plot(runs, args.plot)
+        plotting.curves(report.rows, Path(args.plot))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ _EXACT_NAMES = frozenset(
     _c10d_functional.all_gather_into_tensor _c10d_functional.all_gather_into_tensor_coalesced
     _c10d_functional.all_to_all_single _c10d_functional.broadcast _c10d_functional.wait_tensor aten._assert_async
     aten._assert_scalar aten._assert_tensor_metadata aten._conj_physical aten._functional_assert_async
-    aten._has_same_storage_numel aten._local_scalar_dense aten._to_copy aten._unique2 aten._unsafe_index
+    aten._has_same_storage_numel aten._local_scalar_dense aten._pack_padded_sequence
+    aten._pack_padded_sequence_backward aten._to_copy aten._unique2 aten._unsafe_index
     aten._unsafe_index_put aten._unsafe_masked_index aten._unsafe_view aten._upsample_nearest_exact1d
     aten._upsample_nearest_exact2d aten._upsample_nearest_exact3d aten.adaptive_max_pool2d aten.adaptive_max_pool3d
     aten.all aten.any aten.arange aten.argmax aten.argmin aten.as_strided_copy aten.as_strided_scatter

@@ -1,6 +1,6 @@
-"""Draw the ratios of a report: over the size that the suite sweeps, or as bars.
+"""Draw the ratios of a report, over the size that the suite sweeps or as bars, and what the examples found.
 
-python -m bicompile.bench.plotting      # every suite's result files again, each beside its file
+python -m bicompile.bench.plotting      # every result file again, each beside its file
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from .results import RESULTS, Row
 from .suite import Settings
-from .suites import MODULES, suite
+from .suites import suite
 
 
 def plot(title: str, rows: Sequence[Row], sweep: str | None, path: Path) -> None:
@@ -131,18 +131,42 @@ def counts(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
+def curves(rows: Sequence[Row], path: Path) -> None:
+    """Write a picture of a reinforcement learning result: reward and KL of each mode over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    (row,) = rows
+    figure, (reward, kl) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for mode in ("stock", "batch_invariant"):
+        reward.plot(row.extra[f"{mode}_rewards"], label=mode)
+        kl.plot([abs(x) for x in row.extra[f"{mode}_kls"]], label=mode)
+    reward.set(xlabel="step", ylabel="reward")
+    kl.set(xlabel="step", ylabel="|KL(sampler || trainer)|, nats a token")
+    kl.set_yscale("symlog", linthresh=1e-12)
+    for axis in (reward.xaxis, kl.xaxis):
+        axis.get_major_locator().set_params(integer=True)
+    reward.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+EXAMPLES = {"determinism": counts, "on_policy_rl": curves, "trl": curves}
+"""The results that examples write, and what draws them."""
+
+
 def main() -> None:
     """Draw them all."""
     for path in sorted(RESULTS.glob("*/*.json")):
         result, picture = json.loads(path.read_text()), path.with_suffix(".png")
         rows = [Row.from_json(row) for row in result["rows"]]
-        if path.stem == "determinism":
-            counts(rows, picture)
-        elif path.stem in MODULES:
+        if path.stem in EXAMPLES:
+            EXAMPLES[path.stem](rows, picture)
+        else:
             sweep = suite(path.stem, Settings("cpu" if path.parent.name.startswith("cpu-") else "cuda")).sweep
             plot(f"{path.stem}, {result['meta']['device']}", rows, sweep, picture)
-        else:
-            continue  # an example draws its own
         print(picture.relative_to(RESULTS))
 
 

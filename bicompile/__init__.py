@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from .api import batch_invariant
     from .certificate import Certificate
     from .eager_mode import eager
-    from .errors import BatchInvarianceError, OptionError, UnsupportedOpError
+    from .errors import BatchInvarianceError, GraphBreakError, OptionError, UnsupportedOpError
     from .explaining import explain
     from .losses import linear_cross_entropy
 
 __all__ = [
     "BatchInvarianceError",
     "Certificate",
+    "GraphBreakError",
     "OptionError",
     "UnsupportedOpError",
     "__version__",
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "BatchInvarianceError": "errors",
     "Certificate": "certificate",
+    "GraphBreakError": "errors",
     "OptionError": "errors",
     "UnsupportedOpError": "errors",
     "batch_invariant": "api",

@@ -43,9 +43,8 @@ def batch_invariant(
 
     Called by ``torch.compile(..., backend="batch_invariant")``, which passes ``mode`` and ``options`` on.
 
-    A graph break raises ``torch._dynamo.exc.Unsupported``: :mod:`bicompile.graph_breaks`.
-
     Raises:
+        GraphBreakError: Dynamo would leave code to eager PyTorch; raised before this is called.
         OptionError: an option is unknown or would break a promise.
         UnsupportedOpError: the graph holds an op that is not proven and not allowed.
         NativeBuildError: the graph computes on the CPU and the CPU kernels cannot be built.

@@ -11,6 +11,10 @@ class UnsupportedOpError(RuntimeError):
     """An op has no batch-invariant lowering and the user has not allowed it by name."""
 
 
+class GraphBreakError(RuntimeError):
+    """Dynamo would leave code of a compiled function to eager PyTorch, whose bits may follow the batch."""
+
+
 class BatchInvarianceError(AssertionError):
     """A row's bits moved with its batch.  The message says which output, row, element and situation.
 

@@ -1,19 +1,22 @@
 """A graph break is an error: the code that Dynamo leaves to eager PyTorch is not ours, and may follow the batch.
 
-Dynamo has a switch for it, ``torch._dynamo.error_on_graph_break``, which is set around each call of a function that is
-compiled with our backend.  Not inside ``bicompile.eager()``, which covers what a break leaves, and not where the user
-allows ``graph_break`` by name.
+Dynamo has a switch for it, ``torch._dynamo.error_on_graph_break``, which is set while it converts a frame for our
+backend.  Not inside ``bicompile.eager()``, which covers what a break leaves, and not where the user allows
+``graph_break`` by name.  Beneath a dispatch mode, such as a counter of operations, Dynamo compiles nothing at all.
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 from typing import Any
 
-from torch._dynamo import error_on_graph_break, eval_frame
+from torch._dynamo import error_on_graph_break
+from torch._dynamo.convert_frame import CatchErrorsWrapper
+from torch._dynamo.eval_frame import innermost_backend
 from torch._dynamo.exc import Unsupported
+from torch.utils._python_dispatch import is_in_any_mode_without_ignore_compile_internals
 
+from .errors import GraphBreakError, raising_through_dynamo
 from .interception import is_intercepting
 
 NAME = "graph_break"
@@ -26,36 +29,28 @@ _ADVICE = (
 )
 
 
-class Unbroken:
-    """Around one call of a compiled function: what Dynamo compiles meanwhile is whole, or raises ``Unsupported``."""
-
-    def __init__(self) -> None:
-        self._switch = error_on_graph_break(not is_intercepting())
-
-    def __enter__(self) -> None:
-        self._switch.__enter__()
-
-    def __exit__(self, *_: object) -> None:
-        self._switch.__exit__(None, None, None)
-        error = sys.exc_info()[1]  # Dynamo does not hand it over
-        if isinstance(error, Unsupported) and _ADVICE not in str(error):
-            error.args = (f"{error}\n\n{_ADVICE}", *error.args[1:])
-
-
 def refuse_graph_breaks(backend: Any) -> None:
-    """Let Dynamo enter :class:`Unbroken` around what is compiled with ``backend``, whichever options it is given.
-
-    Dynamo looks for a context in what ``get_compiler_fn`` returns; ``torch.compile`` hides the backend's own from it.
-    """
-    stock = eval_frame.get_compiler_fn
+    """Raise ``GraphBreakError`` where Dynamo breaks the graph of what is compiled with ``backend``."""
+    stock = CatchErrorsWrapper.__call__
 
     @functools.wraps(stock)
-    def get_compiler_fn(compiler_fn: Any) -> Any:
-        found = stock(compiler_fn)
-        wrapped = getattr(found, "_torchdynamo_orig_backend", None)
-        options = getattr(wrapped, "kwargs", {}).get("options", {})
-        if getattr(wrapped, "compiler_fn", wrapped) is backend and NAME not in options.get("allow", ()):
-            found.backend_ctx_ctor = Unbroken  # type: ignore[attr-defined]
-        return found
+    def convert(self: CatchErrorsWrapper, *args: Any, **kwargs: Any) -> Any:
+        if is_intercepting() or not _refuses(self, backend):
+            return stock(self, *args, **kwargs)
+        with raising_through_dynamo():
+            if is_in_any_mode_without_ignore_compile_internals():
+                raise GraphBreakError(f"Dynamo compiles nothing beneath a torch dispatch mode.\n\n{_ADVICE}")
+            try:
+                with error_on_graph_break(True):
+                    return stock(self, *args, **kwargs)
+            except Unsupported as error:
+                raise GraphBreakError(f"{error}\n\n{_ADVICE}") from None
 
-    eval_frame.get_compiler_fn = get_compiler_fn
+    CatchErrorsWrapper.__call__ = convert  # type: ignore[method-assign]
+
+
+def _refuses(converter: CatchErrorsWrapper, backend: Any) -> bool:
+    """Whether frames are converted for ``backend``, and breaks are not allowed."""
+    wanted = innermost_backend(converter)
+    options = getattr(wanted, "kwargs", {}).get("options", {})  # of torch.compile, whose wrapping it is in
+    return getattr(wanted, "compiler_fn", wanted) is backend and NAME not in options.get("allow", ())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.exc import Unsupported
+from torch.utils.flop_counter import FlopCounterMode
 
 import bicompile
 from bicompile.testing import same_bits
@@ -62,7 +62,7 @@ def test_break_raises_and_says_what_to_do(name: str, options: dict[str, str] | N
     x = torch.randn(4, 6, 5)
     compiled = torch.compile(CASES[name], backend="batch_invariant", options=options)
     for _ in range(2):
-        with torch.no_grad(), pytest.raises(Unsupported) as raised:
+        with torch.no_grad(), pytest.raises(bicompile.GraphBreakError) as raised:
             compiled(x)
         assert str(raised.value).count("call it inside bicompile.eager()") == 1
 
@@ -91,9 +91,18 @@ def test_other_backends_break_as_ever():
     def ours(x: Tensor) -> Tensor:
         return _on_a_value(x)
 
-    with pytest.raises(Unsupported):
+    with pytest.raises(bicompile.GraphBreakError):
         ours(x)
     assert same_bits(stock(x), _in_the_middle(x))
+
+
+def test_nothing_runs_in_eager_beneath_a_dispatch_mode():
+    x = torch.randn(4, 6, 5)
+    compiled = torch.compile(lambda x: x.softmax(-1), backend="batch_invariant")
+    for _ in range(2):  # Dynamo does not look for what is compiled already either
+        with FlopCounterMode(display=False), pytest.raises(bicompile.GraphBreakError, match="dispatch mode"):
+            compiled(x)
+        compiled(x)
 
 
 def test_function_that_runs_outside_of_its_call_is_refused():

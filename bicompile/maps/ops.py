@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import eager_mode
-from ..errors import UnsupportedOpError
+from ..errors import GraphBreakError, UnsupportedOpError
 from ..passes.op_classes import exact_by_name, is_view, op_name
 from ..testing import assert_batch_invariant
 
@@ -104,7 +104,10 @@ def entry_of(info: Any, dtype: torch.dtype, max_samples: int, compiled: bool = F
     if compiled and to_compile is not None:
         entry.compiled = True
         with _faults_into(entry):
-            _try_compiled(info.op, *to_compile, dtype)
+            try:
+                _try_compiled(info.op, *to_compile, dtype)
+            except GraphBreakError:  # such as for a generator among the arguments
+                entry.compiled = False
     return entry
 
 

@@ -130,6 +130,8 @@ class _LoweringMode(InterceptingMode):
             return result
         if (result := (_elementwise_on_gpu if on_gpu else _elementwise_on_cpu)(func, args, kwargs)) is not None:
             return result
+        if _always_draws(func):
+            return self._refuse(func, args, kwargs)
         for table in (decomposition_table(), core_decompositions):
             if (decomposition := table.get(func)) is not None:
                 with self:
@@ -179,6 +181,13 @@ def _is_composite(func: OpOverload, on_gpu: bool) -> bool:
     own = DispatchKey.CUDA if on_gpu else DispatchKey.CPU
     key = DispatchKey.CompositeImplicitAutograd
     return func.has_kernel_for_dispatch_key(key) and not func.has_kernel_for_dispatch_key(own)
+
+
+@functools.cache
+def _always_draws(func: OpOverload) -> bool:
+    """Whether the op draws random numbers, in evaluation too, and not just a dropout's."""
+    modes = {"train", "training"} & {argument.name for argument in func._schema.arguments}
+    return torch.Tag.nondeterministic_seeded in func.tags and not modes
 
 
 _unsupported = functools.cache(unsupported)

@@ -33,6 +33,7 @@ from .lowering.softmax.cross_entropy import cross_entropy_loss
 from .recurrent import RECURRENT
 
 _ACTIVE: ContextVar[bool] = ContextVar("bicompile_interception", default=False)
+_COMPOSITE = DispatchKey.CompositeImplicitAutograd
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 _CROSS_ENTROPY = torch.ops.aten.cross_entropy_loss.default
 
@@ -60,29 +61,38 @@ class InterceptingMode(TorchDispatchMode):
     """A dispatch mode inside which they go to our lowerings."""
 
 
-@_SDPA.py_impl(DispatchKey.CompositeImplicitAutograd)
+def _kernel_of(op: OpOverload) -> Callable[[Callable[..., Any]], None]:
+    """Make a function the op's Python kernel.  Dynamo, which may run the code that calls the op, must not trace it."""
+
+    def register(kernel: Callable[..., Any]) -> None:
+        op.py_impl(_COMPOSITE)(torch.compiler.disable(kernel))
+
+    return register
+
+
+@_kernel_of(_SDPA)
 def _attention(*args: Any, **kwargs: Any) -> Any:
     if is_intercepting():
         return scaled_dot_product_attention(*args, **kwargs)
-    return _SDPA._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+    return _SDPA._op_dk(_COMPOSITE, *args, **kwargs)
 
 
-@_CROSS_ENTROPY.py_impl(DispatchKey.CompositeImplicitAutograd)
+@_kernel_of(_CROSS_ENTROPY)
 def _cross_entropy(*args: Any, **kwargs: Any) -> Any:
     # torch.func's transforms, vmap above all, know PyTorch's own parts only.
     if is_intercepting() and torch._C._functorch.peek_interpreter_stack() is None:
         if (loss := cross_entropy_loss(*args, **kwargs)) is not None:
             return loss
-    return _CROSS_ENTROPY._op_dk(DispatchKey.CompositeImplicitAutograd, *args, **kwargs)
+    return _CROSS_ENTROPY._op_dk(_COMPOSITE, *args, **kwargs)
 
 
 def _of_rows(op: OpOverload, ours: Callable[[Tensor, float, bool], Tensor]) -> None:
     """Make a form of dropout, or its in-place twin, ours while the context is open."""
 
-    @op.py_impl(DispatchKey.CompositeImplicitAutograd)
+    @_kernel_of(op)
     def _(x: Tensor, p: float, train: bool) -> Any:
         if not (is_intercepting() and x.is_floating_point()):
-            return op._op_dk(DispatchKey.CompositeImplicitAutograd, x, p, train)
+            return op._op_dk(_COMPOSITE, x, p, train)
         result = ours(x, p, train)
         return x.copy_(result) if op._schema.is_mutable and result is not x else result
 
@@ -99,11 +109,10 @@ _of_rows(torch.ops.aten.dropout_.default, torch.dropout)
 
 def _recurrent(op: OpOverload, ours: Callable[..., Any]) -> None:
     """Make a recurrent layer or cell ours while the context is open."""
-    composite = DispatchKey.CompositeImplicitAutograd
-    stock = op.py_kernels.pop(composite, None) or functools.partial(op._op_dk, composite)
+    stock = op.py_kernels.pop(_COMPOSITE, None) or functools.partial(op._op_dk, _COMPOSITE)
     op.py_kernels.pop(DispatchKey.Autograd, None)  # the same function; without it, autograd asks for the composite
 
-    @op.py_impl(composite)
+    @_kernel_of(op)
     def _(*args: Any, **kwargs: Any) -> Any:
         return (ours if is_intercepting() else stock)(*args, **kwargs)
 
@@ -115,10 +124,10 @@ for _op, _form in RECURRENT.items():
 def _of_contiguous(op: OpOverload) -> None:
     """Give ``op`` a contiguous matrix while the context is open."""
 
-    @op.py_impl(DispatchKey.CompositeImplicitAutograd)
+    @_kernel_of(op)
     def _(matrix: Tensor) -> Any:
         matrix = matrix.contiguous() if is_intercepting() else matrix
-        return op._op_dk(DispatchKey.CompositeImplicitAutograd, matrix)
+        return op._op_dk(_COMPOSITE, matrix)
 
 
 _of_contiguous(torch.ops.aten.linalg_det.default)

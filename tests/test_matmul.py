@@ -20,7 +20,10 @@ from bicompile.testing import LAYOUTS, lay_out, same_bits
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KINDS = ("normal", "binades", "cancelling", "tiny", "special")
 # Rows, k, columns: one tile and several, one block and several, odd k, ragged tails everywhere.
-SHAPES = ((1, 1, 1), (3, 17, 5), (1, 193, 70), (6, 191, 64), (7, 385, 33), (15, 192, 40), (29, 200, 97), (2, 576, 128))
+SHAPES = (
+    *((1, 1, 1), (3, 17, 5), (1, 193, 70), (6, 191, 64), (7, 385, 33), (15, 192, 40), (29, 200, 97), (2, 576, 128)),
+    *((520, 385, 41), (4097, 20, 35)),  # several tiles of rows; the last one a single row
+)
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the CPU kernels are built on Linux")
 
@@ -151,7 +154,7 @@ def test_row_has_same_bits_in_any_batch(shape, dtype, seed, transposed, data):
 
 
 @given(
-    m=st.sampled_from([1, 3, 20, 40]),
+    m=st.sampled_from([1, 3, 20, 40, 300]),
     n=st.sampled_from([1, 20, 64, 150]),
     k=st.sampled_from([1, 33, 200]),
     dtype=st.sampled_from(DTYPES),

@@ -39,6 +39,7 @@ struct Schedule {
   int64_t chunk;                    // k's packed at a time, a multiple of kBlock
   bool stream;                      // read the right operand in place instead of packing it
   bool share_left;                  // pack the left operand once, before the tasks, instead of each its rows
+  bool share_right;                 // the same of the right operand and its columns, which several tasks meet
 };
 
 // Columns of a panel, by the rows it meets: few rows leave registers for more columns.
@@ -71,6 +72,7 @@ Schedule schedule_for(const Product<T>& p) {
   Schedule s;
   s.stream = p.rows <= kStreamRows && (along || p.right.line_stride == 1) && p.kept == nullptr;
   s.share_left = s.stream || (p.batch == 1 && p.rows * p.depth <= kSharedSize);
+  s.share_right = false;
   const int64_t width = s.stream ? Pack<T>::kLanes : panel_width<T>(p.rows);
   const int64_t panels = (p.columns + width - 1) / width;
   const int64_t wanted = 8 * int64_t(torch::stable::get_num_threads());
@@ -94,6 +96,8 @@ Schedule schedule_for(const Product<T>& p) {
   s.tile_rows = ((p.rows + row_tiles - 1) / row_tiles + 15) / 16 * 16;  // so that no line of memory is read twice
   const int64_t most = kTallBytes / (width * int64_t(sizeof(typename Pack<T>::Element)));
   s.tile_columns = width * panels_of_tile(p.batch * row_tiles, s.tile_rows, panels, width, most);
+  s.share_right = row_tiles > 1 && p.batch * p.columns * p.depth <= kSharedSize;
+  s.share_left = s.share_left && !s.share_right;  // a task's own rows stay in its cache
   return s;
 }
 
@@ -210,9 +214,16 @@ BICOMPILE_INLINE void out_ahead(const Product<T>& p, const Tile& t, int64_t row,
   }
 }
 
+// Elements of one panel of a right operand that is packed before the tasks, all of its k's.
+template <class T>
+int64_t panel_size(int64_t depth, int64_t width) {
+  return std::max<int64_t>(1, (depth + kBlock - 1) / kBlock) * Pack<T>::kDepth * width;
+}
+
 // Many rows, or columns that lie anyhow: the columns are packed in panels, then met by one tile of rows after another.
 template <class T, PairBy by>
-void panel_task(const Product<T>& p, const Schedule& s, const typename Pack<T>::Element* packed_left, const Tile& t) {
+void panel_task(const Product<T>& p, const Schedule& s, const typename Pack<T>::Element* packed_left,
+                const typename Pack<T>::Element* packed_right, const Tile& t) {
   using P = Pack<T>;
   using Element = typename P::Element;
   struct LeftTag;
@@ -220,14 +231,14 @@ void panel_task(const Product<T>& p, const Schedule& s, const typename Pack<T>::
   struct SumTag;
   const Operand<T> left = of_batch(p.left, t.batch * p.left_batch_stride);
   const Operand<T> right = of_batch(p.right, t.batch * p.right_batch_stride);
-  const bool wide = t.rows <= kWideRows;
-  const int64_t width = panel_width<T>(t.rows);
+  const bool wide = packed_right == nullptr && t.rows <= kWideRows;
+  const int64_t width = panel_width<T>(packed_right ? p.rows : t.rows);
   const int64_t sum_stride = (t.columns + width - 1) / width * width;
-  const int64_t panel_stride = s.chunk / P::kPair * width;
+  const int64_t panel_stride = packed_right ? panel_size<T>(p.depth, width) : s.chunk / P::kPair * width;
   // Columns along k are packed one panel at a time, to find it in the cache; columns across k all at once.
-  const int64_t group = right.k_stride == 1 ? width : sum_stride;
+  const int64_t group = right.k_stride == 1 && packed_right == nullptr ? width : sum_stride;
   Element* sums = scratch<SumTag, Element>(t.rows * sum_stride);
-  Element* packed_right = scratch<RightTag, Element>(group / width * panel_stride);
+  Element* own_right = packed_right ? nullptr : scratch<RightTag, Element>(group / width * panel_stride);
   Element* own_left = packed_left ? nullptr : scratch<LeftTag, Element>(s.chunk / kBlock * t.rows * P::kRowStride);
   // Packed before the tasks, it holds all rows of the product; else those of this tile.
   const int64_t block_stride = (packed_left ? p.rows : t.rows) * P::kRowStride;
@@ -242,12 +253,19 @@ void panel_task(const Product<T>& p, const Schedule& s, const typename Pack<T>::
     } else {
       pack_left(left, t.row, t.rows, k, chunk, own_left, block_stride);
     }
+    const Element* panels = own_right;
+    if (packed_right != nullptr) {
+      panels = packed_right + t.column / width * panel_stride + k / kBlock * P::kDepth * width;
+    }
     const bool last = k + s.chunk >= p.depth;
+    // Sums that need no more than a place are written to it.
+    const bool direct = last && std::is_same_v<T, Element> && p.kept == nullptr && p.addend.data == nullptr &&
+                        p.addend.alpha == 1;
     const Ahead left_ahead = ahead_of(left, t.row, packed_left ? 0 : t.rows, k + chunk, next_chunk);
     for (int64_t at = 0; at < t.columns; at += width) {
       const int64_t group_start = at / group * group, in_group = std::min(group, t.columns - group_start);
-      if (at == group_start) {
-        pack_columns(right, t.column + at, in_group, k, int(chunk), int(width), panel_stride, packed_right);
+      if (at == group_start && own_right != nullptr) {
+        pack_columns(right, t.column + at, in_group, k, int(chunk), int(width), panel_stride, own_right);
       }
       // What is packed next: another group of this chunk, or the first one of the next chunk.
       const int64_t next = group_start + group;
@@ -258,21 +276,29 @@ void panel_task(const Product<T>& p, const Schedule& s, const typename Pack<T>::
       const int64_t calls = (in_group + width - 1) / width * blocks * row_tiles;
       for (int64_t block = 0; block < blocks; block++) {
         const int depth = elements<T>(int(std::min<int64_t>(kBlock, chunk - block * kBlock)));
-        const Element* columns = packed_right + (at - group_start) / width * panel_stride + block * P::kDepth * width;
+        const Element* columns = panels + (at - group_start) / width * panel_stride + block * P::kDepth * width;
         int64_t row = 0;
         for (int64_t tile = 0; tile < row_tiles; tile++, call++) {
           const int rows = int(t.rows / row_tiles + (tile < t.rows % row_tiles));
-          right_ahead.fetch(call, calls);
-          if (last && block + 1 == blocks) out_ahead(p, t, row, rows, at, width);
+          if (own_right != nullptr) right_ahead.fetch(call, calls);
+          const bool ends = last && block + 1 == blocks;
+          if (ends) out_ahead(p, t, row, rows, at, width);
           if (at == 0) left_ahead.fetch(block * row_tiles + tile, blocks * row_tiles);
+          Element *sum = sums + row * sum_stride + at, *to = sum;
+          int64_t to_stride = sum_stride;
+          if constexpr (std::is_same_v<T, Element>) {
+            if (ends && direct && t.columns - at >= width) {
+              to = p.out + (t.batch * p.rows + t.row + row) * p.columns + t.column + at, to_stride = p.columns;
+            }
+          }
           tile_kernel<T, by>(rows, wide)(depth, left_rows + block * block_stride + row * P::kRowStride, columns, width,
-                                         sums + row * sum_stride + at, sum_stride,
-                                         k + block == 0 && !p.continued);
+                                         k + block == 0 && !p.continued ? nullptr : sum, sum_stride, to, to_stride);
           row += rows;
         }
       }
       if (!last) continue;
       const int64_t there = std::min(width, t.columns - at);
+      if (direct && there == width) continue;
       if (p.kept != nullptr) {
         copy_kept<T, true>(p, t.batch, t.row, t.rows, t.column + at, there, sums + at, sum_stride);
       } else {
@@ -308,29 +334,45 @@ void stream_task(const Product<T>& p, const Schedule& s, const typename Pack<T>:
   }
   const int64_t rest = p.depth > 0 ? full : 0;
   if (rest == t.columns) return;
-  panel_task<T, by>(p, s, packed_left, {t.batch, t.row, t.rows, t.column + rest, t.columns - rest});
+  panel_task<T, by>(p, s, packed_left, nullptr, {t.batch, t.row, t.rows, t.column + rest, t.columns - rest});
 }
 
 template <class T, PairBy by>
 void run(const Product<T>& p) {
   using P = Pack<T>;
   using Element = typename P::Element;
-  struct SharedTag;
-  constexpr int64_t kPackRows = 256;  // a task's share of the packing
+  struct LeftTag;
+  struct RightTag;
+  constexpr int64_t kPackRows = 256, kPackColumns = 128;  // a task's share of the packing
   const Schedule s = schedule_for(p);
   const int64_t block_stride = p.rows * P::kRowStride;
   const int64_t packed_size = std::max<int64_t>(1, (p.depth + kBlock - 1) / kBlock) * block_stride;
-  Element* shared = nullptr;
+  Element* shared_left = nullptr;
   if (s.share_left) {
-    shared = scratch<SharedTag, Element>(p.batch * packed_size);
+    shared_left = scratch<LeftTag, Element>(p.batch * packed_size);
     const int64_t blocks = packed_size / block_stride;
     const int64_t parts = (p.rows + kPackRows - 1) / kPackRows;
     parallel_tasks(p.batch * blocks * parts, p.batch * p.rows * p.depth, [&](int64_t task) {
       const int64_t batch = task / parts / blocks, k = task / parts % blocks * kBlock, row = task % parts * kPackRows;
       const Operand<T> left = of_batch(p.left, batch * p.left_batch_stride);
       const int rows = int(std::min(kPackRows, p.rows - row)), depth_k = int(std::min<int64_t>(kBlock, p.depth - k));
-      Element* to = shared + batch * packed_size + k / kBlock * block_stride + row * P::kRowStride;
+      Element* to = shared_left + batch * packed_size + k / kBlock * block_stride + row * P::kRowStride;
       pack_rows(left, row, rows, k, depth_k, to);
+    });
+  }
+  const int64_t width = panel_width<T>(p.rows), panel_stride = panel_size<T>(p.depth, width);
+  const int64_t right_size = (p.columns + width - 1) / width * panel_stride;
+  Element* shared_right = nullptr;
+  if (s.share_right) {
+    shared_right = scratch<RightTag, Element>(p.batch * right_size);
+    const int64_t blocks = (p.depth + kBlock - 1) / kBlock;
+    const int64_t parts = (p.columns + kPackColumns - 1) / kPackColumns;
+    parallel_tasks(p.batch * blocks * parts, p.batch * p.columns * p.depth, [&](int64_t task) {
+      const int64_t batch = task / parts / blocks, block = task / parts % blocks, column = task % parts * kPackColumns;
+      const Operand<T> right = of_batch(p.right, batch * p.right_batch_stride);
+      const int64_t columns = std::min(kPackColumns, p.columns - column), k = block * kBlock;
+      Element* to = shared_right + batch * right_size + column / width * panel_stride + block * P::kDepth * width;
+      pack_columns(right, column, columns, k, int(std::min<int64_t>(kBlock, p.depth - k)), int(width), panel_stride, to);
     });
   }
   const int64_t row_tiles = (p.rows + s.tile_rows - 1) / s.tile_rows;
@@ -345,11 +387,12 @@ void run(const Product<T>& p) {
     t.column = task / row_tiles % column_tiles * s.tile_columns;
     t.columns = std::min(s.tile_columns, p.columns - t.column);
     t.batch = task / row_tiles / column_tiles;
-    const Element* packed = shared ? shared + t.batch * packed_size : nullptr;
+    const Element* left = shared_left ? shared_left + t.batch * packed_size : nullptr;
+    const Element* right = shared_right ? shared_right + t.batch * right_size : nullptr;
     if (s.stream) {
-      stream_task<T, by>(p, s, packed, t);
+      stream_task<T, by>(p, s, left, t);
     } else {
-      panel_task<T, by>(p, s, packed, t);
+      panel_task<T, by>(p, s, left, right, t);
     }
   }, flush);
 }

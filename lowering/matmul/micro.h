@@ -125,14 +125,16 @@ BICOMPILE_INLINE Vec sum_of(Vec a, Vec b) {
   }
 }
 
-// sum (+)= a @ b over one block, for `Rows` rows and `Vecs` vectors of columns.
+// to = sum + a @ b over one block, for `Rows` rows and `Vecs` vectors of columns.
 //
 // a: packed rows, Pack<T>::kRowStride apart.  b: for each of `depth` elements, Vecs vectors, b_stride apart.
-// sum: Rows x Vecs vectors, rows sum_stride apart; overwritten where `first`, else added to.
+// sum: Rows x Vecs vectors, rows sum_stride apart; null for zero.  to: the same, to_stride apart; it may be `sum`, or
+// be where the product ends, with canonical NaNs.
 template <class T, PairBy by, int Rows, int Vecs>
 void multiply_tile(int depth, const typename Pack<T>::Element* __restrict a,
                    const typename Pack<T>::Element* __restrict b, int64_t b_stride,
-                   typename Pack<T>::Element* __restrict sum, int64_t sum_stride, bool first) {
+                   const typename Pack<T>::Element* sum, int64_t sum_stride, typename Pack<T>::Element* to,
+                   int64_t to_stride) {
   using Vec = typename Pack<T>::Vec;
   using Element = typename Pack<T>::Element;
   constexpr int kLanes = Pack<T>::kLanes;
@@ -141,6 +143,14 @@ void multiply_tile(int depth, const typename Pack<T>::Element* __restrict a,
   for (int i = 0; i < Rows; i++)
 #pragma GCC unroll 4
     for (int v = 0; v < Vecs; v++) acc[i][v] = splat(Element(0));
+  // Asked for now: the sums, which are read last, and the rows of the next tile.
+  constexpr int kLine = 64 / int(sizeof(Element));
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; i++) {
+    if (sum != nullptr) __builtin_prefetch(sum + i * sum_stride);
+    __builtin_prefetch(a + (Rows + i) * Pack<T>::kRowStride);
+    __builtin_prefetch(a + (Rows + i) * Pack<T>::kRowStride + kLine);
+  }
   for (int k = 0; k < depth; k++, b += b_stride) {
     Vec right[Vecs];
 #pragma GCC unroll 4
@@ -156,14 +166,15 @@ void multiply_tile(int depth, const typename Pack<T>::Element* __restrict a,
   for (int i = 0; i < Rows; i++)
 #pragma GCC unroll 4
     for (int v = 0; v < Vecs; v++) {
-      Element* to = sum + i * sum_stride + v * kLanes;
-      store(to, first ? acc[i][v] : sum_of<T>(load(to), acc[i][v]));
+      const int lane = v * kLanes;
+      Vec y = sum ? sum_of<T>(load(sum + i * sum_stride + lane), acc[i][v]) : acc[i][v];
+      store(to + i * to_stride + lane, to == sum ? y : canonical(y));
     }
 }
 
 template <class T>
 using TileKernel = void (*)(int, const typename Pack<T>::Element*, const typename Pack<T>::Element*, int64_t,
-                            typename Pack<T>::Element*, int64_t, bool);
+                            const typename Pack<T>::Element*, int64_t, typename Pack<T>::Element*, int64_t);
 
 namespace detail {
 template <class T, PairBy by, int Vecs, int... Rows>

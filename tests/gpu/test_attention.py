@@ -352,6 +352,21 @@ def test_row_that_sees_no_key_is_zero(dtype: torch.dtype, depth: int):
     assert not empty[0].any() and (empty[1] == -math.inf).all()
 
 
+@main_kind
+def test_long_prefill_holds_no_scores_in_memory(dtype: torch.dtype, depth: int):
+    """32k tokens, whose scores would take 16 GiB for 8 heads; the last tokens are those of a chunk."""
+    length, last = 32768, 64
+    q, k, v = inputs(dtype, depth, batch=1, queries=length, keys=length)
+    sdpa(*(t[:, :, :last] for t in (q, k, v)), causal=True)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, lse = sdpa(q, k, v, causal=True)
+    gradients(torch.ones_like(out), q, k, v, causal=True)
+    assert torch.cuda.max_memory_allocated() - before < 16 * out.nbytes
+    chunk = sdpa(q[:, :, -last:], k, v, causal_mask(last, length))
+    assert same_bits(chunk, (out[:, :, -last:], lse[:, :, -last:]))
+
+
 # --- values ----------------------------------------------------------------------------------------------------------
 
 

@@ -17,6 +17,8 @@ constexpr int kPanel = 2 * VecOf<S>::kLanes;
 // Rows of one call of the score kernel and of the weighted-sum kernel: as many accumulators as there are registers.
 #if defined(BICOMPILE_AVX512)
 constexpr int kScoreRows = 8, kSumRows = 4;
+#elif defined(BICOMPILE_AVX2)
+constexpr int kScoreRows = 6, kSumRows = 3;
 #else
 constexpr int kScoreRows = 4, kSumRows = 2;
 #endif

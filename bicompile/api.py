@@ -60,7 +60,7 @@ def batch_invariant(target: Any = None, /, **compile_options: Any) -> Any:
         )
     if inspect.isgeneratorfunction(target) or inspect.iscoroutinefunction(target):
         raise TypeError(
-            f"batch_invariant: {target.__name__} is a generator or coroutine, whose code runs outside of its call; "
-            "put what it computes into a function and compile that"
+            f"batch_invariant: {getattr(target, '__name__', target)} is a generator or coroutine, whose code runs "
+            "outside of its call; put what it computes into a function and compile that"
         )
     return compile_it(target)

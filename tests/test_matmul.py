@@ -177,7 +177,7 @@ def test_expanded_operands_work(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("m, k, n", [(0, 4, 5), (3, 0, 5), (3, 4, 0), (0, 0, 0)])
+@pytest.mark.parametrize("m, k, n", [(0, 4, 5), (3, 0, 5), (3, 4, 0), (0, 0, 0), (600, 0, 40)])
 def test_empty_sizes_work(m: int, k: int, n: int, dtype: torch.dtype):
     a, b, c = torch.ones(m, k, dtype=dtype), torch.ones(k, n, dtype=dtype), torch.ones(n, dtype=dtype)
     expected = torch.zeros(m, n, dtype=dtype) + k

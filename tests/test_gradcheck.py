@@ -15,7 +15,7 @@ import bicompile
 from bicompile.errors import UnsupportedOpError
 
 # What gradcheck itself computes with.
-_CHECKERS = ("aten.allclose", "aten.randn", "aten.rand", "aten.rand_like", "prims.uniform")
+_CHECKERS = ("aten.allclose", "aten.randn", "aten.rand", "aten.rand_like", "aten.uniform")
 
 Form = tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]
 AT = torch.tensor([0, 2, 0, 1])

@@ -77,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
     for batch, keys in DECODE:
         p = _problem(batch, 1, keys)
         span, _, load = share(gpu.num_pieces(p.order, keys), batch * 8, False, p.order, key.num_sms)
-        runs = {s: functools.partial(gpu.run, p, replace(s, span=span)) for s in SPLITS if (128, s) in admitted}
+        plans = {s: gpu.plan_of(p, replace(s, span=span)) for s in SPLITS if (128, s) in admitted}
+        runs = {s: functools.partial(plan, p) for s, plan in plans.items()}
         _note(splits.setdefault(load, {}), runs, arguments.ms, f"decode B={batch} S={keys} ({load})")
     best = {load: _fastest(found) for load, found in splits.items()}
     backward = dict(read_table(path).backward) if path.exists() else {}
@@ -127,12 +128,13 @@ def _fastest_backward(
     for masked in (False, True):
         p = _problem(4, 2048, 2048, depth, masked)
         out, lse = gpu.run(p, REFERENCE)
-        call, case = gpu_backward.prepare(p, torch.randn_like(out), out, lse), f"D={depth}{' masked' if masked else ''}"
-        query_gradient = functools.partial(gpu_backward.query_gradient, call, p.scale)
-        key_gradient = functools.partial(gpu_backward.key_gradient, call)
-        runs = {s.queries: functools.partial(query_gradient, s.queries) for s in queries}
-        _note(of_queries, runs, ms, f"dq B=4 S=2048 {case}")
-        _note(of_keys, {s.keys: functools.partial(key_gradient, s.keys) for s in keys}, ms, f"dk, dv B=4 S=2048 {case}")
+        call = gpu_backward.call_of(p, torch.randn_like(out), out, lse)
+        case = f"B=4 S=2048 D={depth}{' masked' if masked else ''}"
+        gpu_backward.delta_plan(call)(call)
+        by_queries = {s.queries: gpu_backward.query_plan(call, p.scale, s.queries) for s in queries}
+        by_keys = {s.keys: gpu_backward.key_plan(call, s.keys) for s in keys}
+        _note(of_queries, {t: functools.partial(plan, call) for t, plan in by_queries.items()}, ms, f"dq {case}")
+        _note(of_keys, {t: functools.partial(plan, call) for t, plan in by_keys.items()}, ms, f"dk, dv {case}")
     return BackwardSchedule(_fastest(of_queries), _fastest(of_keys))
 
 

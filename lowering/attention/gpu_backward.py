@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,35 +11,30 @@ import triton
 from torch import Tensor
 
 from bicompile.lowering.gpu.device import device_key
-from bicompile.lowering.gpu.launch import INTERPRETED, on_device
+from bicompile.lowering.gpu.launch import INTERPRETED, Launch, key_of, on_device, planned
 
 from .admitted import TWIN, choose, twins
 from .backward_kernels import begin_kernel, delta_kernel, key_kernel, mask_kernel, query_kernel, sum_kernel
-from .gpu import run_tiles
-from .problem import TYPES, Problem, RowInfo, cdiv, launch, mask_strides, problem_of, row_info, two_parts
+from .gpu import run as run_forward
+from .problem import TYPES, Problem, RowInfo, cdiv, info_strides, mask_strides, problem_of, row_info, two_parts
 from .schedule import REFERENCE, REFERENCE_BACKWARD, BackwardSchedule, Tiles, backward_schedules
 
 
-def run_backward(
-    p: Problem, grad: Tensor, out: Tensor, lse: Tensor, scale: float, mask_grad: bool, schedule: BackwardSchedule
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and, if wanted, of the mask; ``scale`` with the sign that ``p`` has put into q."""
-    call = prepare(p, grad, out, lse)
-    dq = query_gradient(call, scale, schedule.queries)
-    dk, dv = key_gradient(call, schedule.keys)
-    dmask = _mask_gradient(p, p.mask, call) if mask_grad and p.mask is not None else p.q.new_empty(0)
-    return dq, dk, dv, dmask
-
-
 @dataclass(frozen=True)
-class Backward:
+class Call:
     """What all backward kernels are given: a problem, and of its rows the gradient, the statistics and the mask."""
 
     p: Problem
     grad: Tensor
+    out: Tensor
     lse: Tensor
     delta: Tensor
     info: RowInfo
+
+    @property
+    def device(self) -> int:
+        """The CUDA device's index."""
+        return self.p.q.device.index
 
     @property
     def sizes(self) -> tuple[Any, ...]:
@@ -51,7 +47,7 @@ class Backward:
         """Of q, k, v, the mask and its rows; the depths; of the gradient."""
         p = self.p
         return (
-            *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *mask_strides(p.mask), *self.info.strides,
+            *p.q.stride()[:3], *p.k.stride()[:3], *p.v.stride()[:3], *mask_strides(p.mask), *info_strides(p),
             p.q.shape[3], p.v.shape[3], *self.grad.stride()[:3],
         )  # fmt: skip
 
@@ -64,100 +60,160 @@ class Backward:
         )  # fmt: skip
 
 
-def prepare(p: Problem, grad: Tensor, out: Tensor, lse: Tensor) -> Backward:
-    """Compute each row's delta, and read the mask's rows."""
-    batch, heads, queries, value_depth = out.shape
-    num_rows = batch * heads * queries
-    grad, out = (t if t.stride(3) == 1 or value_depth <= 1 else t.contiguous() for t in (grad, out))
+def call_of(p: Problem, grad: Tensor, out: Tensor, lse: Tensor) -> Call:
+    """Bring what the kernels are given into their form, read the mask's rows, and leave room for each row's delta."""
+    grad, out = (t if t.stride(3) == 1 or out.shape[3] <= 1 else t.contiguous() for t in (grad, out))
     lse = lse.contiguous()
-    delta = torch.empty_like(lse)
-    launch(
-        delta_kernel, (cdiv(num_rows, 16),), (grad, out, delta), (queries, heads, num_rows),
-        (*grad.stride()[:3], *out.stride()[:3], value_depth), (16, p.widths[1], TYPES[p.q.dtype]), 4, 1,
+    return Call(p, grad, out, lse, torch.empty_like(lse), row_info(p))
+
+
+def backward_plan(
+    call: Call, scale: float, mask_grad: bool, schedule: BackwardSchedule
+) -> Callable[[Call], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Gradients of q, k, v and, if wanted, of the mask; ``scale`` with the sign that the problem has put into q."""
+    compute_delta = delta_plan(call)
+    query_gradient, key_gradient = query_plan(call, scale, schedule.queries), key_plan(call, schedule.keys)
+    mask_gradient = _mask_plan(call, call.p.mask) if mask_grad and call.p.mask is not None else _no_gradient
+
+    def run(call: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        compute_delta(call)
+        return query_gradient(call), *key_gradient(call), mask_gradient(call)
+
+    return run
+
+
+def delta_plan(call: Call) -> Callable[[Call], None]:
+    """Compute each row's delta."""
+    batch, heads, queries, value_depth = call.out.shape
+    num_rows, rows, p, device = batch * heads * queries, 16, call.p, call.device
+    launch = Launch(
+        delta_kernel, (cdiv(num_rows, rows),),
+        (queries, heads, num_rows, *call.grad.stride()[:3], *call.out.stride()[:3], value_depth),
+        (rows, p.widths[1], TYPES[p.q.dtype]), 4,
     )  # fmt: skip
-    return Backward(p, grad, lse, delta, row_info(p))
+    return lambda call: launch(device, call.grad, call.out, call.delta)
 
 
-def query_gradient(call: Backward, scale: float, tiles: Tiles) -> Tensor:
+def query_plan(call: Call, scale: float, tiles: Tiles) -> Callable[[Call], Tensor]:
     """The gradient of q."""
-    p, info = call.p, call.info
-    batch, heads, queries, _ = p.q.shape
-    dq = torch.empty(p.q.shape, dtype=p.q.dtype, device=p.q.device)
-    launch(
+    (batch, heads, queries, _), device = call.p.q.shape, call.device
+    launch = Launch(
         query_kernel, (batch * heads, cdiv(queries, tiles.own)),
-        (p.q, p.k, p.v, p.mask_or_q, info.first, info.hole, info.last, call.grad, call.lse, call.delta, dq,
-         p.seeds_or_q),
-        (*call.sizes, *two_parts(scale), *p.dropout), call.strides, call.constants(tiles.own, tiles.step, tiles.stages),
-        tiles.warps, tiles.stages,
+        (*call.sizes, *two_parts(scale), *call.p.dropout, *call.strides),
+        call.constants(tiles.own, tiles.step, tiles.stages), tiles.warps, tiles.stages,
     )  # fmt: skip
-    return dq
+
+    def run(call: Call) -> Tensor:
+        p = call.p
+        dq = torch.empty(p.q.shape, dtype=p.q.dtype, device=p.q.device)
+        launch(
+            device, p.q, p.k, p.v, p.mask_or_q, *call.info, call.grad, call.lse, call.delta, dq, p.seeds_or_q
+        )  # fmt: skip
+        return dq
+
+    return run
 
 
-def key_gradient(call: Backward, tiles: Tiles) -> tuple[Tensor, Tensor]:
+def key_plan(call: Call, tiles: Tiles) -> Callable[[Call], tuple[Tensor, Tensor]]:
     """The gradients of k and v."""
-    p, info = call.p, call.info
-    batch, kv_heads, keys, _ = p.k.shape
-    dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (p.k, p.v))
-    begin, begin_strides = _begin(p, info)
-    launch(
+    (batch, kv_heads, keys, _), device = call.p.k.shape, call.device
+    begin_of, begin_strides = _begin_plan(call)
+    launch = Launch(
         key_kernel, (batch * kv_heads, cdiv(keys, tiles.own)),
-        (p.q, p.k, p.v, p.mask_or_q, info.first, info.hole, info.last, begin, call.grad, call.lse, call.delta, dk, dv,
-         p.seeds_or_q),
-        (*call.sizes, *two_parts(p.scale), *p.dropout), (*call.strides, *begin_strides),
+        (*call.sizes, *two_parts(call.p.scale), *call.p.dropout, *call.strides, *begin_strides),
         call.constants(tiles.step, tiles.own, tiles.stages), tiles.warps, tiles.stages,
     )  # fmt: skip
-    return dk, dv
+
+    def run(call: Call) -> tuple[Tensor, Tensor]:
+        p = call.p
+        dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (p.k, p.v))
+        launch(
+            device, p.q, p.k, p.v, p.mask_or_q, *call.info, begin_of(call), call.grad, call.lse, call.delta, dk, dv,
+            p.seeds_or_q,
+        )  # fmt: skip
+        return dk, dv
+
+    return run
 
 
-def _begin(p: Problem, info: RowInfo) -> tuple[Tensor, tuple[int, int]]:
-    """The first query of each row of the mask that sees any key."""
+def _begin_plan(call: Call) -> tuple[Callable[[Call], Tensor], tuple[int, int]]:
+    """The first query of each row of the mask that sees any key, and its strides."""
+    p, device = call.p, call.device
     if p.mask is None:
-        return p.q, (0, 0)
+        return lambda call: call.p.q, (0, 0)  # which no kernel reads
     batch, heads = p.mask.shape[:2]
-    begin = torch.empty((batch, heads), dtype=torch.int32, device=p.q.device)
-    launch(
-        begin_kernel, (batch * heads,), (info.first, begin), (p.q.shape[2], p.k.shape[2]), (), (1024,), 4, 1
-    )  # fmt: skip
-    return begin, (heads if batch > 1 else 0, 1 if heads > 1 else 0)
+    launch = Launch(begin_kernel, (batch * heads,), (p.q.shape[2], p.k.shape[2]), (1024,), 4)
+
+    def run(call: Call) -> Tensor:
+        begin = torch.empty((batch, heads), dtype=torch.int32, device=call.p.q.device)
+        launch(device, call.info.first, begin)
+        return begin
+
+    return run, (heads if batch > 1 else 0, 1 if heads > 1 else 0)
 
 
-def _mask_gradient(p: Problem, mask: Tensor, call: Backward) -> Tensor:
+def _no_gradient(call: Call) -> Tensor:
+    """Of a mask that wants none."""
+    return call.p.q.new_empty(0)
+
+
+def _mask_plan(call: Call, mask: Tensor) -> Callable[[Call], Tensor]:
     """The masked scores' gradient, summed over the dims in which the mask was broadcast, in ascending order."""
+    p, device = call.p, call.device
     batch, heads, queries, depth = p.q.shape
     keys, value_depth = p.k.shape[2], p.v.shape[3]
-    batches, mask_heads = mask.shape[:2]
-    ds = torch.empty((batches, mask_heads, queries, keys), dtype=call.lse.dtype, device=call.lse.device)
+    batches, mask_heads, mask_queries, mask_keys = mask.shape
     rows = cols = 16 if call.lse.dtype == torch.float64 else 32
     width, value_width = p.widths
-    launch(
+    launch = Launch(
         mask_kernel, (cdiv(keys, cols), cdiv(queries, rows), batches * mask_heads),
-        (p.q, p.k, p.v, mask, call.info.first, call.grad, call.lse, call.delta, ds, p.seeds_or_q),
-        (queries, keys, batch, heads, p.k.shape[1], batches, mask_heads, *p.scales, *p.dropout), call.strides,
+        (queries, keys, batch, heads, p.k.shape[1], batches, mask_heads, *p.scales, *p.dropout, *call.strides),
         (rows, cols, width, value_width, width == depth, value_width == value_depth, p.causal, p.hidden,
-         TYPES[p.q.dtype], p.drops), 4, 1,
+         TYPES[p.q.dtype], p.drops), 4,
     )  # fmt: skip
-    if mask.shape[2] == 1 and queries != 1:
-        ds = _sum(ds, batches * mask_heads, queries, keys).view(batches, mask_heads, 1, keys)
-    if mask.shape[3] == 1 and keys != 1:
-        ds = _sum(ds, ds.numel() // keys, keys, 1).view(batches, mask_heads, -1, 1)
-    return ds.to(mask.dtype)
+
+    def run(call: Call) -> Tensor:
+        p, lse = call.p, call.lse
+        ds = torch.empty((batches, mask_heads, queries, keys), dtype=lse.dtype, device=lse.device)
+        launch(
+            device, p.q, p.k, p.v, p.mask_or_q, call.info.first, call.grad, lse, call.delta, ds, p.seeds_or_q
+        )  # fmt: skip
+        if mask_queries == 1 and queries != 1:
+            ds = _sum(ds, batches * mask_heads, queries, keys).view(batches, mask_heads, 1, keys)
+        if mask_keys == 1 and keys != 1:
+            ds = _sum(ds, ds.numel() // keys, keys, 1).view(batches, mask_heads, -1, 1)
+        return ds.to(p.mask_or_q.dtype)
+
+    return run
 
 
 def _sum(x: Tensor, outer: int, length: int, inner: int) -> Tensor:
     """Sum the middle dim of ``x``, seen as [outer, length, inner], in ascending order."""
     out = torch.empty((outer, inner), dtype=x.dtype, device=x.device)
     block = min(triton.next_power_of_2(inner), 128)
-    launch(sum_kernel, (outer, cdiv(inner, block)), (x, out), (outer, length, inner), (), (block,), 1, 1)
+
+    def build() -> Launch:
+        return Launch(sum_kernel, (outer, cdiv(inner, block)), (outer, length, inner), (block,), 1)
+
+    planned(("sum", outer, length, inner, key_of(x)), build)(x.device.index, x, out)
     return out
 
 
 def probe(p: Problem, schedule: BackwardSchedule) -> tuple[Tensor, ...]:
     """The gradients of ``p`` for a gradient that is the output itself, but of the other sign for twins."""
-    out, lse = run_tiles(p, REFERENCE)
+    out, lse = run_forward(p, REFERENCE)
     grad = out.clone()
     twin = twins(grad.shape[2], grad.device.index)
     grad[:, :, twin] = -grad[:, :, twin - TWIN]
-    return run_backward(p, grad, out, lse, p.scale, False, schedule)[:3]
+    return run(p, grad, out, lse, schedule)[:3]
+
+
+def run(
+    p: Problem, grad: Tensor, out: Tensor, lse: Tensor, schedule: BackwardSchedule
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of ``p`` under any schedule, at once; none of the mask."""
+    call = call_of(p, grad, out, lse)
+    return backward_plan(call, p.scale, False, schedule)(call)
 
 
 @on_device
@@ -172,9 +228,15 @@ def sdpa_backward(
         if mask is None or not mask_grad:
             return dq, dk, dv, q.new_empty(0)
         return dq, dk, dv, torch.zeros(mask.shape, dtype=mask.dtype, device=q.device)
-    schedule = REFERENCE_BACKWARD
-    if not INTERPRETED:
-        candidates = backward_schedules(p.widths, q.dtype, device_key(q.device.index))
-        schedule = choose(p, tuple(candidates), REFERENCE_BACKWARD, probe, probe)
-    dq, dk, dv, dmask = run_backward(p, grad, out, lse, scale, mask_grad, schedule)
+    call = call_of(p, grad, out, lse)
+
+    def build() -> Callable[[Call], tuple[Tensor, Tensor, Tensor, Tensor]]:
+        schedule = REFERENCE_BACKWARD
+        if not INTERPRETED:
+            candidates = backward_schedules(p.widths, q.dtype, device_key(q.device.index))
+            schedule = choose(p, tuple(candidates), REFERENCE_BACKWARD, probe, probe)
+        return backward_plan(call, scale, mask_grad, schedule)
+
+    key = ("sdpa_backward", *p.key, key_of(call.grad), key_of(call.out), key_of(call.lse), scale, mask_grad)
+    dq, dk, dv, dmask = planned(key, build)(call)
     return dq, dk, dv, dmask.view(mask.shape) if mask is not None and mask_grad else dmask

@@ -1,10 +1,10 @@
-"""What forward and backward share on the GPU: a checked problem, the rows of its mask, and launching."""
+"""What forward and backward share on the GPU: a checked problem and the rows of its mask."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,48 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from bicompile.dropout import threshold_of
-from bicompile.lowering.gpu.launch import INTERPRETED, on_device
+from bicompile.lowering.gpu.launch import Launch, key_of, on_device, planned
 
 from .order import HIDDEN_BELOW, GpuAttentionOrder, gpu_order_for
 from .rows_kernel import rows_kernel
 
 _LOG2E = 1.4426950408889634
-_COMPILED: dict[Any, Any] = {}
 TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
     torch.bfloat16: tl.float32,
     torch.float16: tl.float32,
 }
-
-
-def launch(
-    kernel: Any, grid: tuple[int, ...], tensors: tuple[Any, ...], loose: tuple[Any, ...], strides: tuple[int, ...],
-    constants: tuple[Any, ...], warps: int, stages: int, **options: Any,
-) -> None:  # fmt: skip
-    """Launch ``kernel`` on the current device and stream.
-
-    Triton's own launcher looks at every argument; a binary is found here by what it was specialised on.  ``loose`` are
-    the arguments that it is not specialised on.
-    """
-    if INTERPRETED:
-        kernel[grid](*tensors, *loose, *strides, *constants)
-        return
-    grid = (*grid, 1, 1)[:3]
-    device = torch._C._cuda_getDevice()
-    key = (
-        kernel, device, warps, stages, constants, *options.items(),
-        tuple([t.data_ptr() % 16 == 0 if isinstance(t, Tensor) else tuple(t.block_shape) for t in tensors]),
-        tuple([t.dtype if isinstance(t, Tensor) else t.base.dtype for t in tensors]),
-        tuple([(s == 1, s % 16 == 0, s < 2**31) for s in strides]),
-    )  # fmt: skip
-    compiled = _COMPILED.get(key)
-    if compiled is None:
-        options |= {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
-        _COMPILED[key] = kernel[grid](*tensors, *loose, *strides, *constants, **options)
-        return
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    compiled[grid](*tensors, *loose, *strides, *constants, stream=stream)
 
 
 @dataclass(frozen=True)
@@ -69,6 +39,13 @@ class Problem:
     rows: Tensor | None = None  # of the mask, where they have been read before
     seeds: Tensor | None = None  # one of each query row, dense; None without dropout
     dropout_p: float = 0.0
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """All that a plan may depend on."""
+        loose = [None if t is None else key_of(t) for t in (self.mask, self.rows, self.seeds)]
+        tensors = (key_of(self.q), key_of(self.k), key_of(self.v), *loose)
+        return (*tensors, self.causal, self.scale, self.dropout_p)
 
     @property
     def order(self) -> GpuAttentionOrder:
@@ -196,25 +173,28 @@ def mask_strides(mask: Tensor | None) -> tuple[int, int, int, int]:
     return b, h, q, k
 
 
-@dataclass(frozen=True)
-class RowInfo:
+def info_strides(p: Problem) -> tuple[int, int]:
+    """Strides of what ``row_info`` gives, 0 where the mask is broadcast."""
+    if p.mask is None:
+        return 0, 0
+    (batch, heads), queries = p.mask.shape[:2], p.q.shape[2]
+    return heads * queries if batch > 1 else 0, queries if heads > 1 else 0
+
+
+class RowInfo(NamedTuple):
     """Where each row's keys begin, have their first gap, and end; [mask batch, mask heads, queries] of int32."""
 
     first: Tensor
     hole: Tensor
     last: Tensor
-    strides: tuple[int, int]
 
 
 def row_info(p: Problem) -> RowInfo:
     """What the mask's rows say, read now if it has not been before; without a mask, tensors that no kernel reads."""
     if p.mask is None:
-        return RowInfo(p.q, p.q, p.q, (0, 0))
-    batch, heads = p.mask.shape[:2]
-    queries = p.q.shape[2]
-    rows = p.rows if p.rows is not None else _read_rows(p.mask, queries, p.k.shape[2], p.causal)
-    first, hole, last = rows.unbind(0)
-    return RowInfo(first, hole, last, (heads * queries if batch > 1 else 0, queries if heads > 1 else 0))
+        return RowInfo(p.q, p.q, p.q)
+    rows = p.rows if p.rows is not None else _read_rows(p.mask, p.q.shape[2], p.k.shape[2], p.causal)
+    return RowInfo(*rows.unbind(0))
 
 
 @on_device
@@ -227,9 +207,12 @@ def _read_rows(mask: Tensor, queries: int, keys: int, causal: bool) -> Tensor:
     batch, heads = mask.shape[:2]
     found = torch.empty((3, batch, heads, queries), dtype=torch.int32, device=mask.device)
     rows, cols = (1, 1024) if queries < 64 else (4, 512)
+
+    def build() -> Launch:
+        constants = (rows, cols, _kind(mask), causal, _hidden(mask))
+        grid, sizes = (cdiv(queries, rows), batch * heads), (queries, keys, heads)
+        return Launch(rows_kernel, grid, (*sizes, *mask_strides(mask)), constants, 4)
+
     if found.numel():
-        launch(
-            rows_kernel, (cdiv(queries, rows), batch * heads), (mask, *found.unbind(0)), (queries, keys, heads),
-            mask_strides(mask), (rows, cols, _kind(mask), causal, _hidden(mask)), 4, 1,
-        )  # fmt: skip
+        planned(("mask rows", key_of(mask), queries, keys, causal), build)(mask.device.index, mask, *found.unbind(0))
     return found

@@ -26,6 +26,7 @@ class Launch:
         integers: the arguments that follow the tensors.
         constants: the ``constexpr`` arguments that follow those.
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
+        options: other options of Triton's compiler.
     """
 
     __slots__ = ("kernel", "grid", "tail", "options", "runner")
@@ -38,11 +39,12 @@ class Launch:
         constants: Sequence[Any],
         warps: int,
         stages: int = 1,
+        **options: Any,
     ) -> None:
         self.kernel, self.grid = kernel, (*grid, 1, 1)[:3]
         self.tail = (*integers, *constants)
         # A product must not be fused with its addition, here or there, as the compiler likes.
-        self.options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+        self.options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False, **options}
         self.runner: Any = None
 
     def __call__(self, device: int, *tensors: Any) -> None:

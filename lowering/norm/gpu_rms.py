@@ -127,17 +127,19 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, round_first: bool) ->
 
     With ``round_first``, it is rounded to that dtype before it is multiplied by ``weight``.
     """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return out
-    x = x if rows_of(x) is not None else x.contiguous()
     weight = None if weight is None else weight.contiguous()
 
     def build() -> Callable[[Tensor, Tensor | None, Tensor], None]:
-        at = rows_of(x)
-        assert at is not None
-        return _plan(at, compute_dtype(x.dtype), eps, round_first)
+        if x.numel() == 0:
+            return lambda x, weight, out: None
+        if (at := rows_of(x)) is not None:
+            return _plan(at, compute_dtype(x.dtype), eps, round_first)
+        dense = rows_of(x.contiguous())
+        assert dense is not None
+        run = _plan(dense, compute_dtype(x.dtype), eps, round_first)
+        return lambda x, weight, out: run(x.contiguous(), weight, out)
 
     key = ("rms_norm", eps, round_first, key_of(x), None if weight is None else key_of(weight))
+    out = x.new_empty(x.shape)
     planned(key, build)(x, weight, out)
     return out

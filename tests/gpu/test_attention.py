@@ -414,10 +414,7 @@ def test_backward_schedules_have_the_same_bits():
     q, k, v = inputs(torch.bfloat16, 128, queries=300, keys=500)
     p = problem_of("sdpa", q, k, v, None, False, SCALE)
     out, lse = gpu.run(p, REFERENCE)
-    found = [
-        gpu_backward.run_backward(p, out, out, lse, SCALE, False, schedule)[:3]
-        for schedule in (REFERENCE_BACKWARD, PLAIN_BACKWARD)
-    ]
+    found = [gpu_backward.run(p, out, out, lse, schedule)[:3] for schedule in (REFERENCE_BACKWARD, PLAIN_BACKWARD)]
     assert same_bits(found[1], found[0])
 
 
@@ -464,9 +461,9 @@ def test_schedules_drop_alike(dtype: torch.dtype, depth: int, masked: bool):
     for schedule in tile_schedules(300, p.widths, dtype, device):
         assert same_bits(gpu.run(p, schedule), expected), schedule
     grad = values(tuple(q.shape), dtype, 3)
-    wanted = gpu_backward.run_backward(p, grad, out, lse, SCALE, False, REFERENCE_BACKWARD)[:3]
+    wanted = gpu_backward.run(p, grad, out, lse, REFERENCE_BACKWARD)[:3]
     for schedule in backward_schedules(p.widths, dtype, device):
-        found = gpu_backward.run_backward(p, grad, out, lse, SCALE, False, schedule)[:3]
+        found = gpu_backward.run(p, grad, out, lse, schedule)[:3]
         assert same_bits(found, wanted), schedule
 
 

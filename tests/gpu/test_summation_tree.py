@@ -357,7 +357,7 @@ def test_attention_adds_as_declared_in_every_batch(rows: int):
 def gradients_under(schedule: BackwardSchedule) -> Callable[..., Any]:
     def backward(grad: Any, q: Any, k: Any, v: Any, mask: Any, out: Any, lse: Any, *rest: Any) -> Any:
         p = attention_problem("sdpa_backward", q, k, v, mask, False, 1.0)
-        return attention_backward.run_backward(p, grad, out, lse, 1.0, False, schedule)
+        return attention_backward.run(p, grad, out, lse, schedule)
 
     return backward
 

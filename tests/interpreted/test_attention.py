@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -22,6 +24,7 @@ from bicompile.lowering.attention import gpu, gpu_backward, kernels
 from bicompile.lowering.attention.order import gpu_order_for
 from bicompile.lowering.attention.problem import mask_rows
 from bicompile.lowering.attention.schedule import REFERENCE, SplitSchedule, share
+from bicompile.lowering.gpu.launch import _PLANS
 from bicompile.testing import same_bits
 
 SCALE = 0.2
@@ -72,11 +75,11 @@ def close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
 def both_ways(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
     """The output by tiles, after it was compared with those by splits and with the exact one."""
     p = gpu.problem_of("sdpa", q, k, v, mask, causal, SCALE)
-    out, lse = gpu.run_tiles(p, REFERENCE)
+    out, lse = gpu.run(p, REFERENCE)
     wanted = exact(q, k, v, mask, causal)
     assert close(out, wanted, q.dtype)
     for schedule in (SPLIT, WHOLE):
-        parts, parts_lse = gpu.run_splits(p, schedule)
+        parts, parts_lse = gpu.run(p, schedule)
         assert close(parts, wanted, q.dtype)
         torch.testing.assert_close(lse, parts_lse)
     assert out.transpose(1, 2).is_contiguous()
@@ -108,11 +111,11 @@ def test_mask_with_gaps_anchors_and_rows_that_see_nothing():
     p = gpu.problem_of("sdpa", q, k, v, mask, False, SCALE)
     wanted = both_ways(q, *clean, mask)
     assert not wanted[0, :, 2].any()
-    assert torch.equal(gpu.run_tiles(p, REFERENCE)[0], wanted)
+    assert torch.equal(gpu.run(p, REFERENCE)[0], wanted)
     additive = torch.zeros(mask.shape).masked_fill(~mask, -math.inf)
-    assert torch.equal(gpu.run_tiles(gpu.problem_of("sdpa", q, k, v, additive, False, SCALE), REFERENCE)[0], wanted)
+    assert torch.equal(gpu.run(gpu.problem_of("sdpa", q, k, v, additive, False, SCALE), REFERENCE)[0], wanted)
     additive = additive.clamp(min=torch.finfo(torch.float32).min)
-    assert torch.equal(gpu.run_tiles(gpu.problem_of("sdpa", q, k, v, additive, False, SCALE), REFERENCE)[0], wanted)
+    assert torch.equal(gpu.run(gpu.problem_of("sdpa", q, k, v, additive, False, SCALE), REFERENCE)[0], wanted)
 
 
 @pytest.mark.parametrize("shape", [(9, 40), (2, 1, 1, 40), (2, 9, 1), (2, 2, 9, 40)])
@@ -139,10 +142,10 @@ def test_rows_read_before_are_those_read_on_the_way(queries: int, causal: bool):
 def test_value_that_is_not_finite_reaches_only_the_rows_that_see_it():
     q, k, v = inputs(torch.float32, queries=20, keys=20)
     p = gpu.problem_of("sdpa", q, k, v, None, True, SCALE)
-    before = gpu.run_tiles(p, REFERENCE)[0], gpu.run_splits(p, SPLIT)[0]
+    before = gpu.run(p, REFERENCE)[0], gpu.run(p, SPLIT)[0]
     v[:, :, 11, 3] = math.nan
     v[:, :, 12, 4] = math.inf
-    after = gpu.run_tiles(p, REFERENCE)[0], gpu.run_splits(p, SPLIT)[0]
+    after = gpu.run(p, REFERENCE)[0], gpu.run(p, SPLIT)[0]
     for clean, out in zip(before, after, strict=True):
         assert torch.equal(out[:, :, :11], clean[:, :, :11])
         assert out[:, :, 11:, 3].isnan().all() and out[:, :, 12:, 4].isnan().all()
@@ -153,11 +156,11 @@ def test_only_flagged_tiles_are_computed_again():
     """Among them one past the first group of flags."""
     q, k, v = inputs(torch.float32, queries=150, keys=24)
     p = gpu.problem_of("sdpa", q, k, v, None, True, SCALE)
-    wanted, wanted_lse = gpu.run_tiles(p, REFERENCE)
+    wanted, wanted_lse = gpu.run(p, REFERENCE)
     out, lse = torch.full_like(wanted, 7.0), torch.full_like(wanted_lse, 7.0)
     flags = torch.zeros(2, 10, dtype=torch.int32)
     flags[0, [1, 9]] = flags[1, 4] = 1
-    gpu.run_flagged(p, gpu.row_info(p), 16, flags, out, lse)
+    gpu.flagged_plan(p, 16)(p, gpu.row_info(p), flags, out, lse)
     flagged = flags.bool().repeat_interleave(16, 1)[None, :, :150]
     assert torch.equal(out, torch.where(flagged[..., None], wanted, 7.0))
     assert torch.equal(lse, torch.where(flagged, wanted_lse, 7.0))
@@ -185,10 +188,10 @@ def test_programs_share_the_splits_of_a_row_in_any_way():
     """Over splits of every size; with a span of one size of splits, and of several."""
     q, k, v = inputs(torch.float32, queries=1, keys=17500)
     p = gpu.problem_of("sdpa", q, k, v, None, False, SCALE)
-    wanted = gpu.run_splits(p, SPLIT)
+    wanted = gpu.run(p, SPLIT)
     assert close(wanted[0], exact(q, k, v, None, False), q.dtype)
     for span in (1024, 4096, 8192):
-        assert same_bits(gpu.run_splits(p, SplitSchedule(16, 4, 1, span)), wanted)
+        assert same_bits(gpu.run(p, SplitSchedule(16, 4, 1, span)), wanted)
 
 
 @pytest.mark.parametrize(("value_depth", "masked"), [(64, False), (50, True)])
@@ -196,9 +199,9 @@ def test_programs_share_the_columns_of_the_values(value_depth: int, masked: bool
     q, k, v = inputs(torch.float32, queries=3, keys=700, value_depth=value_depth)
     mask = torch.rand(1, 1, 3, 700, generator=torch.Generator().manual_seed(0)) < 0.8 if masked else None
     p = gpu.problem_of("sdpa", q, k, v, mask, not masked, SCALE)
-    wanted, wanted_lse = gpu.run_splits(p, SPLIT)
+    wanted, wanted_lse = gpu.run(p, SPLIT)
     for v_programs in (2, 4):
-        out, lse = gpu.run_splits(p, replace(SPLIT, v_programs=v_programs))
+        out, lse = gpu.run(p, replace(SPLIT, v_programs=v_programs))
         assert close(out, wanted, q.dtype)  # NumPy's products have other bits for other widths
         assert same_bits(lse, wanted_lse)
 
@@ -345,7 +348,7 @@ def test_dropout_falls_on_weights_after_their_sum(dtype: torch.dtype, dropout_p:
         else:
             assert close(out, wanted, dtype)
         p = gpu.problem_of("sdpa", q, k, v, mask, causal, SCALE)
-        assert same_bits(lse, gpu.run_tiles(p, REFERENCE)[1])  # the weights' sum has the dropped ones too
+        assert same_bits(lse, gpu.run(p, REFERENCE)[1])  # the weights' sum has the dropped ones too
 
 
 def test_seeds_without_dropout_change_nothing():
@@ -432,3 +435,30 @@ def test_empty_inputs_with_dropout():
         assert out.shape == (1, 2, queries, 8) and not out.any() and (lse == -math.inf).all()
         found = gpu_backward.sdpa_backward(out, q, k, v, None, out, lse, False, SCALE, False, seeds, 0.5)
         assert not any(t.any() for t in found[:3])
+
+
+# --- plans -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("queries", [1, 20], ids=["splits", "tiles"])
+def test_a_second_call_runs_the_plan_of_the_first_which_keeps_no_tensor(queries: int):
+    def call(seed: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+        g = torch.Generator().manual_seed(seed)
+        q, k, v = (torch.randn(1, 2, length, 8, generator=g) for length in (queries, 40, 40))
+        mask = torch.rand(1, 1, queries, 40, generator=g) < 0.8
+        out, lse = gpu.sdpa(q, k, v, mask, False, SCALE)
+        gradients = gpu_backward.sdpa_backward(out, q, k, v, mask, out, lse, False, SCALE, False)
+        return [q, k, v, mask, out, lse], (out, *gradients[:3])
+
+    _PLANS.clear()
+    given, first = call(0)
+    plans = dict(_PLANS)  # kept while the tensors are looked for below
+    gone = [weakref.ref(t) for t in given]
+    del given
+    second = call(1)[1]
+    assert plans and _PLANS == plans
+    _PLANS.clear()
+    assert same_bits(call(1)[1], second) and not same_bits(first, second)
+    del first
+    gc.collect()
+    assert not any(ref() is not None for ref in gone)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What some tests draw follows the day.  Set here, it is the same for all workers, also over midnight.
+os.environ.setdefault("BICOMPILE_SAMPLE_SEED", datetime.date.today().isoformat())
 
 import pytest
 import torch
@@ -29,6 +32,11 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 def pytest_addoption(parser: pytest.Parser) -> None:
     """``--all-schedules``: see tests/test_gpu_compiles.py."""
     parser.addoption("--all-schedules", action="store_true", help="compile every GPU schedule, not a sample")
+
+
+def pytest_report_header() -> str:
+    """How to repeat a day."""
+    return f"BICOMPILE_SAMPLE_SEED={os.environ['BICOMPILE_SAMPLE_SEED']}"
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import itertools
+import os
 import random
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from bicompile.testing import same_bits  # noqa: E402
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 COMMITTED, MADE = models_page.from_json((DOCS / "models.json").read_text())
-TODAY = datetime.date.today().toordinal()
+SEED = os.environ["BICOMPILE_SAMPLE_SEED"]  # another each day
 EAGER_EACH_DAY = 3
 
 
@@ -50,15 +50,15 @@ def test_page_says_what_the_file_says():
 
 
 def test_a_few_models_other_each_day_are_no_worse_than_the_committed_map_says():
-    chosen = random.Random(TODAY).sample(SUBJECTS, EAGER_EACH_DAY)
+    chosen = random.Random(SEED).sample(SUBJECTS, EAGER_EACH_DAY)
     found = [problem for subject in chosen for problem in problems(models.entry_of(subject, compiled=()))]
-    assert not found, f"seed {TODAY}:\n" + "\n".join(found)
+    assert not found, "\n".join(found)
 
 
 def test_one_model_another_each_day_is_no_worse_compiled():
     """One graph: a row alone, which makes another, is compiled when the map is made."""
     quick = [subject for subject in SUBJECTS if COMMITTED[subject.name].graphs and COMMITTED[subject.name].seconds < 50]
-    entry = models.entry_of(random.Random(TODAY).choice(quick), models.COMPILED)
+    entry = models.entry_of(random.Random(SEED).choice(quick), models.COMPILED)
     assert entry.graphs
     assert not problems(entry)
 

@@ -111,12 +111,13 @@ def test_dropout_between_layers_drops():
 @pytest.mark.parametrize("name", ["lstm", "gru"])
 @torch._dynamo.config.patch(allow_rnn=True)
 def test_compiled_layers_have_the_bits_of_eager(name: str):
-    layer, x = layer_of(name), inputs()[:, :3]
+    layer, x = layer_of(name), inputs()[:, :2]
     compiled = torch.compile(copy.deepcopy(layer), backend="batch_invariant", fullgraph=True)
     with bicompile.eager():
         expected = outputs_of(layer, x)
     assert same_bits(outputs_of(compiled, x), expected)
-    assert same_bits(outputs_of(compiled, x[1:2]), [t[1:2] for t in expected])
+    with torch.no_grad():
+        assert same_bits(compiled(x[1:2])[0], expected[0][1:2])
 
 
 def test_explain_says_that_dynamo_leaves_layers_out():

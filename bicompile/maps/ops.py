@@ -335,6 +335,6 @@ def _try_compiled(op: Callable[..., Any], args: Any, kwargs: Any, stock: Stock, 
         _compare_rows(compiled, compiled if stock.drawn else op, args, kwargs, dtype)
 
 
-def sample_of(infos: list[Any], count: int, seed: int) -> list[Any]:
+def sample_of(infos: list[Any], count: int, seed: int | str) -> list[Any]:
     """``count`` of the ops, others for every seed."""
     return random.Random(seed).sample(infos, min(count, len(infos)))

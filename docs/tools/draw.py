@@ -187,15 +187,15 @@ SPEED = (
         (
             ("float32 linear layers, worst / PyTorch", ZEN4, "matmul", "float32 linear: lowest ratio"),
             ("bfloat16 linear layers, worst / PyTorch", ZEN4, "matmul", "bfloat16 linear: lowest ratio"),
-            ("model prefill float32, worst / Inductor", ZEN3, "model", "prefill float32 / inductor, worst batch size"),
-            ("model decode float32, worst / Inductor", ZEN3, "model", "decode float32 / inductor, worst batch size"),
+            ("model prefill float32, worst / Inductor", ZEN4, "model", "prefill float32 / inductor, worst batch size"),
+            ("model decode float32, worst / Inductor", ZEN4, "model", "decode float32 / inductor, worst batch size"),
             (
                 "model prefill bfloat16, worst / Inductor",
-                ZEN3,
+                ZEN4,
                 "model",
                 "prefill bfloat16 / inductor, worst batch size",
             ),
-            ("model decode bfloat16, worst / Inductor", ZEN3, "model", "decode bfloat16 / inductor, worst batch size"),
+            ("model decode bfloat16, worst / Inductor", ZEN4, "model", "decode bfloat16 / inductor, worst batch size"),
         ),
     ),
 )  # fmt: skip

@@ -105,7 +105,7 @@ void add_weighted_strip(const S* weights, int64_t ldw, const V* values, int64_t 
   using Vec = VecOf<S>;
   constexpr int lanes = Vec::kLanes;
   Vec sum[M][N];
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) sum[m][n] = load(sums + m * lds + n * lanes);
@@ -113,14 +113,14 @@ void add_weighted_strip(const S* weights, int64_t ldw, const V* values, int64_t 
     Vec value[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) value[n] = load(values + n * lanes);
-#pragma GCC unroll 4
+#pragma GCC unroll 6
     for (int m = 0; m < M; m++) {
       const Vec w = splat(weights[m * ldw + j]);
 #pragma GCC unroll 4
       for (int n = 0; n < N; n++) sum[m][n] = fma(w, value[n], sum[m][n]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 6
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) store(sums + m * lds + n * lanes, sum[m][n]);
@@ -131,8 +131,9 @@ void add_weighted_rows(const S* weights, int64_t ldw, const V* values, int64_t l
                        int64_t width) {
   constexpr int lanes = VecOf<S>::kLanes;
   int64_t d = 0;
-  for (; d + 4 * lanes <= width; d += 4 * lanes)
-    add_weighted_strip<M, 4>(weights, ldw, values + d, ldv, count, sums + d, width);
+  if constexpr (4 * M <= kAccumulators)
+    for (; d + 4 * lanes <= width; d += 4 * lanes)
+      add_weighted_strip<M, 4>(weights, ldw, values + d, ldv, count, sums + d, width);
   for (; d + 2 * lanes <= width; d += 2 * lanes)
     add_weighted_strip<M, 2>(weights, ldw, values + d, ldv, count, sums + d, width);
   for (; d < width; d += lanes) add_weighted_strip<M, 1>(weights, ldw, values + d, ldv, count, sums + d, width);
@@ -145,6 +146,8 @@ void add_weighted(int64_t rows, const S* weights, int64_t ldw, const V* values, 
     case 1: return add_weighted_rows<1>(weights, ldw, values, ldv, count, sums, width);
     case 2: return add_weighted_rows<2>(weights, ldw, values, ldv, count, sums, width);
     case 3: return add_weighted_rows<3>(weights, ldw, values, ldv, count, sums, width);
+    case 4: return add_weighted_rows<4>(weights, ldw, values, ldv, count, sums, width);
+    case 5: return add_weighted_rows<5>(weights, ldw, values, ldv, count, sums, width);
     default: return add_weighted_rows<kSumRows>(weights, ldw, values, ldv, count, sums, width);
   }
 }

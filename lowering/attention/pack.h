@@ -14,13 +14,14 @@ using VecOf = std::conditional_t<std::is_same_v<S, double>, VecD, VecF>;
 template <class S>
 constexpr int kPanel = 2 * VecOf<S>::kLanes;
 
-// Rows of one call of the score kernel and of the weighted-sum kernel: as many accumulators as there are registers.
+// Rows of one call of the score kernel and of the weighted-sum kernel, and the vectors that these may add up at a time:
+// as many as there are registers.
 #if defined(BICOMPILE_AVX512)
-constexpr int kScoreRows = 8, kSumRows = 4;
+constexpr int kScoreRows = 8, kSumRows = 4, kAccumulators = 16;
 #elif defined(BICOMPILE_AVX2)
-constexpr int kScoreRows = 6, kSumRows = 3;
+constexpr int kScoreRows = 6, kSumRows = 6, kAccumulators = 12;
 #else
-constexpr int kScoreRows = 4, kSumRows = 2;
+constexpr int kScoreRows = 4, kSumRows = 2, kAccumulators = 8;
 #endif
 
 BICOMPILE_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -33,9 +34,12 @@ struct Matrix {
   const T* at(int64_t i) const { return data + i * row; }
 };
 
+// Lane i of out[u] is 32-bit unit u of row i, for kLanes rows of four units; rows lie `stride` bytes apart.
+// store_unit widens the elements in such a vector into rows of a panel: one row of float, two of a half precision.
 #if defined(BICOMPILE_AVX512)
-// Lane i of out[u] is 32-bit unit u of row i, for 16 rows of four units; rows lie `stride` bytes apart.
-BICOMPILE_INLINE void transpose_units(const char* p, int64_t stride, __m512i out[4]) {
+using Units = __m512i;
+
+BICOMPILE_INLINE void transpose_units(const char* p, int64_t stride, Units out[4]) {
   auto lane = [&](int i) { return _mm_loadu_si128((const __m128i*)(p + i * stride)); };
   auto every_fourth = [&](int i) {
     __m512i r = _mm512_castsi128_si512(lane(i));
@@ -52,7 +56,6 @@ BICOMPILE_INLINE void transpose_units(const char* p, int64_t stride, __m512i out
   out[3] = _mm512_unpackhi_epi64(ab, cd);
 }
 
-// Widens the elements in a 32-bit unit into rows of a panel: one row of float, two of a half precision.
 BICOMPILE_INLINE void store_unit(float, __m512i unit, float* panel) {
   _mm512_storeu_ps(panel, _mm512_castsi512_ps(unit));
 }
@@ -65,6 +68,36 @@ BICOMPILE_INLINE void store_unit(fp16, __m512i unit, float* panel) {
   _mm512_storeu_ps(panel, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(unit)));
   _mm512_storeu_ps(panel + kPanel<float>, _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(unit, 16))));
 }
+#elif defined(BICOMPILE_AVX2)
+using Units = __m256i;
+
+BICOMPILE_INLINE void transpose_units(const char* p, int64_t stride, Units out[4]) {
+  auto lane = [&](int i) { return _mm_loadu_si128((const __m128i*)(p + i * stride)); };
+  auto every_fourth = [&](int i) { return _mm256_set_m128i(lane(i + 4), lane(i)); };
+  __m256i a = every_fourth(0), b = every_fourth(1), c = every_fourth(2), d = every_fourth(3);
+  __m256i ab = _mm256_unpacklo_epi32(a, b), cd = _mm256_unpacklo_epi32(c, d);
+  out[0] = _mm256_unpacklo_epi64(ab, cd);
+  out[1] = _mm256_unpackhi_epi64(ab, cd);
+  ab = _mm256_unpackhi_epi32(a, b), cd = _mm256_unpackhi_epi32(c, d);
+  out[2] = _mm256_unpacklo_epi64(ab, cd);
+  out[3] = _mm256_unpackhi_epi64(ab, cd);
+}
+
+BICOMPILE_INLINE void store_unit(float, __m256i unit, float* panel) {
+  _mm256_storeu_ps(panel, _mm256_castsi256_ps(unit));
+}
+BICOMPILE_INLINE void store_unit(bf16, __m256i unit, float* panel) {
+  _mm256_storeu_ps(panel, _mm256_castsi256_ps(_mm256_slli_epi32(unit, 16)));
+  __m256i high = _mm256_and_si256(unit, _mm256_set1_epi32(int(0xffff0000u)));
+  _mm256_storeu_ps(panel + kPanel<float>, _mm256_castsi256_ps(high));
+}
+BICOMPILE_INLINE void store_unit(fp16, __m256i unit, float* panel) {
+  auto widened = [](__m256i low_halves) {  // of units whose high halves are zero
+    return _mm256_cvtph_ps(_mm_packus_epi32(_mm256_castsi256_si128(low_halves), _mm256_extracti128_si256(low_halves, 1)));
+  };
+  _mm256_storeu_ps(panel, widened(_mm256_and_si256(unit, _mm256_set1_epi32(0xffff))));
+  _mm256_storeu_ps(panel + kPanel<float>, widened(_mm256_srli_epi32(unit, 16)));
+}
 #endif
 
 // panel[d * kPanel + j] = element d of row `first + j`, for j in [0, count); rows up to kPanel are zero.
@@ -72,18 +105,18 @@ template <class T, class S = typename Compute<T>::Scalar>
 void pack_panel(Matrix<T> m, int64_t first, int64_t count, int64_t depth, S* panel) {
   constexpr int width = kPanel<S>;
   int64_t done = 0;  // rows packed over their whole depth
-#if defined(BICOMPILE_AVX512)
+#if defined(BICOMPILE_AVX512) || defined(BICOMPILE_AVX2)
   if constexpr (sizeof(T) <= 4) {
-    constexpr int per_unit = 4 / sizeof(T);
+    constexpr int rows = VecF::kLanes, per_unit = 4 / sizeof(T);
     const int64_t whole = depth / (4 * per_unit) * (4 * per_unit);
-    for (; m.column == 1 && done + 16 <= count; done += 16) {
+    for (; m.column == 1 && done + rows <= count; done += rows) {
       const T* p = m.at(first + done);
       for (int64_t d = 0; d < whole; d += 4 * per_unit) {
-        __m512i units[4];
+        Units units[4];
         transpose_units((const char*)(p + d), m.row * int64_t(sizeof(T)), units);
         for (int u = 0; u < 4; u++) store_unit(T(), units[u], panel + (d + u * per_unit) * width + done);
       }
-      for (int64_t j = 0; j < 16; j++)
+      for (int64_t j = 0; j < rows; j++)
         for (int64_t d = whole; d < depth; d++) panel[d * width + done + j] = widen(p[j * m.row + d]);
     }
   }

@@ -1,11 +1,11 @@
 """Convolution and pooling as views, products and sums that the passes know: normal forms of ops over windows.
 
-A convolution is one matrix product: its rows are the positions of all samples, its columns the output channels, and
-what is summed is (channel, kernel position), ascending.  So it has the order of ``lowering.matmul``, which the batch
-cannot reach.  A transposed convolution, and the gradient of a convolution's input, is the convolution of the stuffed
-input (zeros between its elements) with the flipped kernel; it too rounds once.  The gradient of a weight sums over
-batch and positions, in ascending order.  A depthwise kernel is small: its products are added position by position, in
-float32, which fuses.
+A convolution is a matrix product of the windows of all samples with the kernels of the output channels; what is summed
+is (channel, kernel position), ascending.  So it has the order of ``lowering.matmul``, which the batch cannot reach.  On
+a GPU Inductor writes out the windows, as rows; on a CPU ``lowering.windows`` does, as columns.  A transposed
+convolution, and the gradient of a convolution's input, is the convolution of the stuffed input (zeros between its
+elements) with the flipped kernel; it too rounds once.  The gradient of a weight sums over batch and positions, in
+ascending order.  A depthwise kernel is small: its products are added position by position, in float32, which fuses.
 
 A pooled mean adds its window in ascending order in float32, divides and rounds once.  Its gradient does the same over
 the windows that an element belongs to.
@@ -24,10 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 
+from .lowering.windows.op import positions_of
+
 aten = torch.ops.aten
 _HALVES = (torch.bfloat16, torch.float16)
 # Windows of more elements are summed by a kernel of their own instead of one addition for each.
 _MOST_TAPS = 16
+# From so many positions on, a sample's product is large enough by itself (CPU).
+_MANY_POSITIONS = 128
 
 
 # -- Views ------------------------------------------------------------------------------------------------------------
@@ -116,25 +120,57 @@ def _convolve(
     """The convolution of a padded ``x`` [N, C, *S] with ``weight`` [O, C / groups, *kernel]."""
     kernel, outputs = weight.shape[2:], weight.shape[0]
     taps = math.prod(kernel)
-    positions = [
-        (size - dilation * (k - 1) - 1) // stride + 1
-        for size, k, stride, dilation in zip(x.shape[2:], kernel, strides, dilations, strict=True)
-    ]
+    positions = positions_of(x.shape[2:], kernel, strides, dilations)
     if weight.shape[1] == 1 and groups > 1 and taps <= _MOST_TAPS:
         y = _convolve_depthwise(x, weight, strides, dilations)
     else:
-        columns = _columns(x, kernel, strides, dilations, groups)
-        # [G, rows, O/G] -> [G, N, *positions, O/G] -> [N, G, O/G, *positions] -> [N, O, *positions]
-        product = _matmul(columns, weight.reshape(groups, outputs // groups, -1).transpose(1, 2))
-        split = product.view(groups, x.shape[0], *positions, outputs // groups)
-        y = split.permute(1, 0, split.dim() - 1, *range(2, split.dim() - 1))
-        if groups == 1:
-            y = y.squeeze(1)
-        else:  # contiguous first: whether a view can join the groups is hard to say where sizes are unknown
-            y = y.contiguous().view(x.shape[0], outputs, *positions)
+        factors = weight.reshape(groups, outputs // groups, -1)
+        if x.device.type == "cpu":
+            y = _products_of_windows(x, factors, kernel, strides, dilations, positions)
+        else:
+            columns = _columns(x, kernel, strides, dilations, groups)
+            # [G, rows, O/G] -> [G, N, *positions, O/G] -> [N, G, O/G, *positions] -> [N, O, *positions]
+            split = _matmul(columns, factors.transpose(1, 2)).view(groups, x.shape[0], *positions, outputs // groups)
+            y = split.permute(1, 0, split.dim() - 1, *range(2, split.dim() - 1))
+            if groups == 1:
+                y = y.squeeze(1)
+            else:  # contiguous first: whether a view can join the groups is hard to say where sizes are unknown
+                y = y.contiguous().view(x.shape[0], outputs, *positions)
     if channels_last:
         return y.contiguous(memory_format=torch.channels_last if y.dim() == 4 else torch.channels_last_3d)
     return y.contiguous()
+
+
+def _products_of_windows(
+    x: Tensor,
+    factors: Tensor,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    positions: Sequence[Any],
+) -> Tensor:
+    """[N, O, *positions] of a padded ``x`` [N, C, *S] and ``factors`` [G, O / G, C / G * kernel], on the CPU.
+
+    Windows are the columns, so that a product is laid out as its result: that of a sample, or, where there are so few
+    positions that the factors would be read too often, that of all samples side by side.
+    """
+    groups, outputs, terms = factors.shape
+    count = math.prod(positions)
+    if groups == 1 and isinstance(count, int) and count >= _MANY_POSITIONS:
+        columns = _window_columns(x, kernel, strides, dilations, False)
+        return torch.bmm(factors.expand(x.shape[0], outputs, terms), columns).view(x.shape[0], outputs, *positions)
+    columns = _window_columns(x, kernel, strides, dilations, True).view(groups, terms, x.shape[0] * count)
+    y = _matmul(factors, columns).reshape(groups * outputs, x.shape[0], *positions)
+    return y.transpose(0, 1)
+
+
+def _window_columns(
+    x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], across: bool
+) -> Tensor:
+    """Windows as ``bicompile::windows`` has them, or, where each has one element, a view of ``x``."""
+    if not across and all(k == 1 for k in kernel) and all(s == 1 for s in strides):
+        return x.contiguous().flatten(2)
+    return torch.ops.bicompile.windows(x.contiguous(), list(kernel), list(strides), list(dilations), across)
 
 
 def _convolve_depthwise(x: Tensor, weight: Tensor, strides: Sequence[int], dilations: Sequence[int]) -> Tensor:
@@ -238,8 +274,14 @@ def _convolution_backward(
         # Over batch and positions, ascending: [G, A, rows] @ [G, rows, B * kernel].
         small, large = (x, grad) if transposed else (grad, x)
         fitted = _fitted(large, small.shape[2:], padding, kernel, stride, dilation)
-        columns = _columns(fitted, kernel, stride, dilation, groups)
-        d_weight = _matmul(_rows(small, groups).transpose(1, 2), columns).reshape(weight.shape)
+        if x.device.type == "cpu":
+            by_channel = small.transpose(0, 1).reshape(groups, small.shape[1] // groups, -1)
+            columns = _window_columns(fitted, kernel, stride, dilation, True)
+            terms = columns.view(groups, large.shape[1] // groups * math.prod(kernel), -1).transpose(1, 2)
+            d_weight = _matmul(by_channel, terms).reshape(weight.shape)
+        else:
+            columns = _columns(fitted, kernel, stride, dilation, groups)
+            d_weight = _matmul(_rows(small, groups).transpose(1, 2), columns).reshape(weight.shape)
     if output_mask[2]:
         d_bias = grad.sum([0, *range(2, grad.dim())])
     return d_input, d_weight, d_bias

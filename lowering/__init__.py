@@ -15,6 +15,7 @@ from .scan import op as scan_op
 from .scatter import op as scatter_op
 from .selection import op as selection_op
 from .softmax import op as softmax_op
+from .windows import op as windows_op
 
 __all__ = [
     "attention_op",
@@ -27,4 +28,5 @@ __all__ = [
     "scatter_op",
     "selection_op",
     "softmax_op",
+    "windows_op",
 ]

@@ -28,6 +28,7 @@ from .reduction import reference as reduction
 from .scan import reference as scan
 from .scatter import reference as scatter
 from .softmax import reference as softmax
+from .windows import reference as windows
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -46,6 +47,7 @@ KERNELS = {
     "scan": ("cumsum", "cumprod", "logcumsumexp"),
     "scatter": ("index_add", "segment_add", "scatter_add", "scatter_reduce", "embedding_dense_backward"),
     "softmax": ("softmax", "softmax_backward", "softmax_statistics", "log_probability_backward"),
+    "windows": ("windows",),
 }
 LIBRARY_OF = {f"bicompile::{op}": library for library, ops in KERNELS.items() for op in ops}
 
@@ -142,6 +144,7 @@ def _cases() -> Iterator[tuple[str, str, Callable[[], Any], Callable[[], Any]]]:
         yield case("sdpa_backward", ours.sdpa_backward.default, _sdpa_backward, v, *saved)
         yield case("cumsum", ours.cumsum.default, scan.cumsum, x, 1, dtype)
         yield case("index_add", ours.index_add.default, scatter.index_add, x[:2], 0, index, x, 1.0)
+        yield case("windows", ours.windows.default, windows.windows, x.view(1, 3, 7, 11), [3, 2], [1, 1], [2, 1], True)
         yield case("exp", ours.unary.default, _one_by_one, x, "exp")
 
 

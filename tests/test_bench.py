@@ -25,6 +25,7 @@ SMALLEST = {
     "attention": ["--only", "decode float32 B=1 L=1 S=128"],
     "reduction": ["--only", "softmax 1x49152 float32"],
     "scatter": ["--only", "index_add of a vector"],
+    "convolution": ["--only", "3x3, 64 channels, 28x28 float32"],
     "size": ["--layers", "0", "--only", "4 x 1 tokens, width 256"],
     "model": ["--only", "20 products"],
     "compile": ["--layers", "0"],

@@ -21,6 +21,7 @@ aten = torch.ops.aten
 MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "1d": (lambda: nn.Conv1d(5, 7, 3, padding=1), (5, 19)),
     "2d strided": (lambda: nn.Conv2d(5, 7, 3, stride=2, padding=1), (5, 9, 11)),
+    "2d of many positions": (lambda: nn.Conv2d(3, 4, 3, padding=1), (3, 14, 12)),
     "2d grouped, dilated": (lambda: nn.Conv2d(4, 6, (3, 2), dilation=(1, 2), groups=2), (4, 9, 8)),
     "2d depthwise": (lambda: nn.Conv2d(6, 12, 3, padding=1, groups=6), (6, 7, 8)),
     "2d pointwise": (lambda: nn.Conv2d(40, 7, 1, bias=False), (40, 5, 5)),

@@ -11,6 +11,7 @@ MODULES = {
     "attention": {"cpu": "attention_cpu", "cuda": "attention_gpu"},
     "reduction": {"cpu": "reduction_cpu", "cuda": "reduction_gpu"},
     "scatter": {"cpu": "scatter", "cuda": "scatter"},
+    "convolution": {"cpu": "convolution", "cuda": "convolution"},
     "size": {"cpu": "size", "cuda": "size"},
     "model": {"cpu": "model_cpu", "cuda": "model_gpu"},
     "compile": {"cpu": "compile_cpu", "cuda": "compile_gpu"},

@@ -14,16 +14,15 @@ the windows that an element belongs to.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
 
+from .images import Image, padded, stuffed, taps_of, windows_of
 from .lowering.windows.op import positions_of
 
 aten = torch.ops.aten
@@ -34,7 +33,7 @@ _MOST_TAPS = 16
 _MANY_POSITIONS = 128
 
 
-# -- Views ------------------------------------------------------------------------------------------------------------
+# -- Convolution ------------------------------------------------------------------------------------------------------
 
 
 def _per_dim(value: Sequence[Any], dims: int) -> list[Any]:
@@ -42,59 +41,14 @@ def _per_dim(value: Sequence[Any], dims: int) -> list[Any]:
     return list(value) * (dims if len(value) == 1 else 1)
 
 
-def _padded(x: Tensor, before: Sequence[Any], after: Sequence[Any]) -> Tensor:
-    """Zeros around the trailing dims; a negative count takes elements away."""
-    pads = [count for pair in reversed(list(zip(before, after, strict=True))) for count in pair]
-    return x if all(isinstance(n, int) and n == 0 for n in pads) else aten.constant_pad_nd(x, pads, 0.0)
-
-
-def _stuffed(x: Tensor, strides: Sequence[int]) -> Tensor:
-    """``stride - 1`` zeros between neighbours along each trailing dim."""
-    for dim, stride in enumerate(strides, x.dim() - len(strides)):
-        if stride > 1:
-            wide = F.pad(x.unsqueeze(dim + 1), [0, 0] * (x.dim() - dim - 1) + [0, stride - 1])
-            x = wide.flatten(dim, dim + 1).narrow(dim, 0, (x.shape[dim] - 1) * stride + 1)
-    return x
-
-
-def _windows(x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Tensor:
-    """Every window of the trailing dims, as a view [..., *positions, *kernel]."""
-    first = x.dim() - len(kernel)
-    for dim, (size, stride, dilation) in enumerate(zip(kernel, strides, dilations, strict=True), first):
-        x = x.unfold(dim, dilation * (size - 1) + 1, stride)
-        if dilation > 1:
-            x = x[..., ::dilation]
-    return x
-
-
-def _taps(x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[Tensor]:
-    """The windows' elements by kernel position, ascending: a view [..., *positions] for each."""
-    first = x.dim() - len(kernel)
-    spans = [
-        (x.shape[first + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] * strides[i] + 1
-        for i in range(len(kernel))
-    ]
-    taps = []
-    for position in itertools.product(*map(range, kernel)):
-        tap = x
-        for i, k in enumerate(position):
-            tap = tap.narrow(first + i, k * dilations[i], spans[i])
-            tap = aten.slice.Tensor(tap, first + i, 0, None, strides[i]) if strides[i] > 1 else tap
-        taps.append(tap)
-    return taps
-
-
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in _HALVES else x
-
-
-# -- Convolution ------------------------------------------------------------------------------------------------------
 
 
 def _columns(x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], groups: int) -> Tensor:
     """[groups, N * positions, channels of a group * kernel] of a padded ``x`` [N, C, *S]."""
     dims = len(kernel)
-    windows = _windows(x, kernel, strides, dilations).unflatten(1, (groups, -1))
+    windows = windows_of(x, kernel, strides, dilations).unflatten(1, (groups, -1))
     # [N, G, C/G, *positions, *kernel] -> [G, N, *positions, C/G, *kernel]
     order = [1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)]
     windows = windows.permute(order)
@@ -115,62 +69,49 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _convolve(
-    x: Tensor, weight: Tensor, strides: Sequence[int], dilations: Sequence[int], groups: int, channels_last: bool
+    image: Image, weight: Tensor, strides: Sequence[int], dilations: Sequence[int], groups: int, channels_last: bool
 ) -> Tensor:
-    """The convolution of a padded ``x`` [N, C, *S] with ``weight`` [O, C / groups, *kernel]."""
-    kernel, outputs = weight.shape[2:], weight.shape[0]
-    taps = math.prod(kernel)
-    positions = positions_of(x.shape[2:], kernel, strides, dilations)
-    if weight.shape[1] == 1 and groups > 1 and taps <= _MOST_TAPS:
-        y = _convolve_depthwise(x, weight, strides, dilations)
+    """The convolution of [N, C, *S] with ``weight`` [O, C / groups, *kernel]."""
+    kernel, outputs, samples = weight.shape[2:], weight.shape[0], image.x.shape[0]
+    positions = positions_of(image.sizes, kernel, strides, dilations)
+    factors = weight.reshape(groups, outputs // groups, -1)
+    if weight.shape[1] == 1 and groups > 1 and math.prod(kernel) <= _MOST_TAPS:
+        y = _convolve_depthwise(image.written_out(), weight, strides, dilations)
+    elif image.x.device.type == "cpu":
+        y = _products_of_windows(image, factors, kernel, strides, dilations, positions)
     else:
-        factors = weight.reshape(groups, outputs // groups, -1)
-        if x.device.type == "cpu":
-            y = _products_of_windows(x, factors, kernel, strides, dilations, positions)
-        else:
-            columns = _columns(x, kernel, strides, dilations, groups)
-            # [G, rows, O/G] -> [G, N, *positions, O/G] -> [N, G, O/G, *positions] -> [N, O, *positions]
-            split = _matmul(columns, factors.transpose(1, 2)).view(groups, x.shape[0], *positions, outputs // groups)
-            y = split.permute(1, 0, split.dim() - 1, *range(2, split.dim() - 1))
-            if groups == 1:
-                y = y.squeeze(1)
-            else:  # contiguous first: whether a view can join the groups is hard to say where sizes are unknown
-                y = y.contiguous().view(x.shape[0], outputs, *positions)
+        columns = _columns(image.written_out(), kernel, strides, dilations, groups)
+        # [G, rows, O/G] -> [G, N, *positions, O/G] -> [N, G, O/G, *positions] -> [N, O, *positions]
+        split = _matmul(columns, factors.transpose(1, 2)).view(groups, samples, *positions, outputs // groups)
+        y = split.permute(1, 0, split.dim() - 1, *range(2, split.dim() - 1))
+        if groups == 1:
+            y = y.squeeze(1)
+        else:  # contiguous first: whether a view can join the groups is hard to say where sizes are unknown
+            y = y.contiguous().view(samples, outputs, *positions)
     if channels_last:
         return y.contiguous(memory_format=torch.channels_last if y.dim() == 4 else torch.channels_last_3d)
     return y.contiguous()
 
 
 def _products_of_windows(
-    x: Tensor,
+    image: Image,
     factors: Tensor,
     kernel: Sequence[int],
     strides: Sequence[int],
     dilations: Sequence[int],
     positions: Sequence[Any],
 ) -> Tensor:
-    """[N, O, *positions] of a padded ``x`` [N, C, *S] and ``factors`` [G, O / G, C / G * kernel], on the CPU.
+    """[N, O, *positions] of [N, C, *S] and ``factors`` [G, O / G, C / G * kernel], on the CPU.
 
     Windows are the columns, so that a product is laid out as its result: that of a sample, or, where there are so few
     positions that the factors would be read too often, that of all samples side by side.
     """
-    groups, outputs, terms = factors.shape
-    count = math.prod(positions)
+    (groups, outputs, terms), samples, count = factors.shape, image.x.shape[0], math.prod(positions)
     if groups == 1 and isinstance(count, int) and count >= _MANY_POSITIONS:
-        columns = _window_columns(x, kernel, strides, dilations, False)
-        return torch.bmm(factors.expand(x.shape[0], outputs, terms), columns).view(x.shape[0], outputs, *positions)
-    columns = _window_columns(x, kernel, strides, dilations, True).view(groups, terms, x.shape[0] * count)
-    y = _matmul(factors, columns).reshape(groups * outputs, x.shape[0], *positions)
-    return y.transpose(0, 1)
-
-
-def _window_columns(
-    x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], across: bool
-) -> Tensor:
-    """Windows as ``bicompile::windows`` has them, or, where each has one element, a view of ``x``."""
-    if not across and all(k == 1 for k in kernel) and all(s == 1 for s in strides):
-        return x.contiguous().flatten(2)
-    return torch.ops.bicompile.windows(x.contiguous(), list(kernel), list(strides), list(dilations), across)
+        columns = image.columns(kernel, strides, dilations, across=False)
+        return torch.bmm(factors.expand(samples, outputs, terms), columns).view(samples, outputs, *positions)
+    columns = image.columns(kernel, strides, dilations, across=True).view(groups, terms, samples * count)
+    return _matmul(factors, columns).reshape(groups * outputs, samples, *positions).transpose(0, 1)
 
 
 def _convolve_depthwise(x: Tensor, weight: Tensor, strides: Sequence[int], dilations: Sequence[int]) -> Tensor:
@@ -180,7 +121,7 @@ def _convolve_depthwise(x: Tensor, weight: Tensor, strides: Sequence[int], dilat
     if outputs != inputs:
         x = x.repeat_interleave(outputs // inputs, 1)
     factors = _wide(weight).reshape(outputs, -1, *[1] * len(kernel))
-    terms = [_wide(tap) * factors[:, k] for k, tap in enumerate(_taps(x, kernel, strides, dilations))]
+    terms = [_wide(tap) * factors[:, k] for k, tap in enumerate(taps_of(x, kernel, strides, dilations))]
     return functools.reduce(torch.add, terms).to(x.dtype)
 
 
@@ -211,8 +152,8 @@ def _transposed(
     reach = [dilation * (k - 1) for k, dilation in zip(weight.shape[2:], dilations, strict=True)]
     before = [r - p for r, p in zip(reach, padding, strict=True)]
     after = [r - p + extra for r, p, extra in zip(reach, padding, output_padding, strict=True)]
-    stuffed = _padded(_stuffed(x, strides), before, after)
-    return _convolve(stuffed, _flipped(weight, groups), [1] * len(reach), dilations, groups, channels_last)
+    image = Image(x, before, after, strides)
+    return _convolve(image, _flipped(weight, groups), [1] * len(reach), dilations, groups, channels_last)
 
 
 def _convolution(
@@ -235,7 +176,7 @@ def _convolution(
         extra = _per_dim(output_padding, dims)
         y = _transposed(x, weight, stride, padding, dilation, extra, groups, channels_last)
     else:
-        y = _convolve(_padded(x, padding, padding), weight, stride, dilation, groups, channels_last)
+        y = _convolve(Image(x, padding, padding, [1] * dims), weight, stride, dilation, groups, channels_last)
     return y if bias is None else y + bias.reshape(-1, *[1] * dims)
 
 
@@ -276,11 +217,11 @@ def _convolution_backward(
         fitted = _fitted(large, small.shape[2:], padding, kernel, stride, dilation)
         if x.device.type == "cpu":
             by_channel = small.transpose(0, 1).reshape(groups, small.shape[1] // groups, -1)
-            columns = _window_columns(fitted, kernel, stride, dilation, True)
+            columns = fitted.columns(kernel, stride, dilation, across=True)
             terms = columns.view(groups, large.shape[1] // groups * math.prod(kernel), -1).transpose(1, 2)
             d_weight = _matmul(by_channel, terms).reshape(weight.shape)
         else:
-            columns = _columns(fitted, kernel, stride, dilation, groups)
+            columns = _columns(fitted.written_out(), kernel, stride, dilation, groups)
             d_weight = _matmul(_rows(small, groups).transpose(1, 2), columns).reshape(weight.shape)
     if output_mask[2]:
         d_bias = grad.sum([0, *range(2, grad.dim())])
@@ -294,11 +235,11 @@ def _fitted(
     kernel: Sequence[int],
     stride: Sequence[int],
     dilation: Sequence[int],
-) -> Tensor:
+) -> Image:
     """``x`` padded, or cut, to as much as ``positions`` windows along each spatial dim cover."""
     covered = [(n - 1) * s + d * (k - 1) + 1 for n, s, d, k in zip(positions, stride, dilation, kernel, strict=True)]
     after = [wanted - size - p for wanted, size, p in zip(covered, x.shape[2:], padding, strict=True)]
-    return _padded(x, padding, after)
+    return Image(x, padding, after, [1] * len(kernel))
 
 
 # -- Pooling ----------------------------------------------------------------------------------------------------------
@@ -308,8 +249,8 @@ def _window_sums(x: Tensor, kernel: Sequence[int], strides: Sequence[int]) -> Te
     """The sum of each window of the trailing dims of ``x``, which is float32 or float64."""
     ones = [1] * len(kernel)
     if math.prod(kernel) <= _MOST_TAPS:
-        return functools.reduce(torch.add, _taps(x, kernel, strides, ones))
-    windows = _windows(x, kernel, strides, ones)
+        return functools.reduce(torch.add, taps_of(x, kernel, strides, ones))
+    windows = windows_of(x, kernel, strides, ones)
     return windows.sum(list(range(windows.dim() - len(kernel), windows.dim())))
 
 
@@ -380,7 +321,7 @@ def _mean_pool(dims: int) -> Callable[..., Tensor]:
         outputs = _pool_outputs(sizes, kernel, strides, pads, ceil_mode)
         reach = _reaching(kernel, sizes, pads)
         after = [(o - 1) * s + k - n - p for o, s, k, n, p in zip(outputs, strides, reach, sizes, pads, strict=True)]
-        sums = _window_sums(_padded(_wide(x), pads, after), reach, strides)
+        sums = _window_sums(padded(_wide(x), pads, after), reach, strides)
         divisor = _divisors(x, sizes, outputs, kernel, strides, pads, count_include_pad, divisor_override)
         return _like(x, (sums / divisor).to(x.dtype))
 
@@ -402,11 +343,11 @@ def _mean_pool_backward(dims: int) -> Callable[..., Tensor]:
         strides, pads = _per_dim(stride or kernel, dims), _per_dim(padding, dims)
         sizes, outputs = x.shape[-dims:], grad.shape[-dims:]
         divisor = _divisors(x, sizes, outputs, kernel, strides, pads, count_include_pad, divisor_override)
-        shares = _stuffed(_wide(grad) / divisor, strides)
+        shares = stuffed(_wide(grad) / divisor, strides)
         reach = _reaching(kernel, sizes, pads)
         before = [k - 1 - p for k, p in zip(reach, pads, strict=True)]
         after = [n + p - (o - 1) * s - 1 for n, p, o, s in zip(sizes, pads, outputs, strides, strict=True)]
-        sums = _window_sums(_padded(shares, before, after), reach, [1] * dims)
+        sums = _window_sums(padded(shares, before, after), reach, [1] * dims)
         return _like(x, sums.to(grad.dtype))
 
     return avg_pool_backward

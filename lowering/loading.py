@@ -31,6 +31,8 @@ from .softmax import reference as softmax
 from .windows import reference as windows
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# Kernel, stride, dilation, zeros before, after and between: twice for the two dims of an image; samples across.
+_WINDOWS = ([3, 2], [1, 1], [2, 1], [1, 2], [0, 1], [1, 2], True)
 
 
 # The ops of each library of C++ kernels, as its source registers them.
@@ -144,7 +146,7 @@ def _cases() -> Iterator[tuple[str, str, Callable[[], Any], Callable[[], Any]]]:
         yield case("sdpa_backward", ours.sdpa_backward.default, _sdpa_backward, v, *saved)
         yield case("cumsum", ours.cumsum.default, scan.cumsum, x, 1, dtype)
         yield case("index_add", ours.index_add.default, scatter.index_add, x[:2], 0, index, x, 1.0)
-        yield case("windows", ours.windows.default, windows.windows, x.view(1, 3, 7, 11), [3, 2], [1, 1], [2, 1], True)
+        yield case("windows", ours.windows.default, windows.windows, x.view(1, 3, 7, 11), *_WINDOWS)
         yield case("exp", ours.unary.default, _one_by_one, x, "exp")
 
 

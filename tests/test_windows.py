@@ -15,16 +15,23 @@ from bicompile.lowering.matmul import reference as products
 from bicompile.lowering.windows.reference import windows as reference
 from bicompile.testing import same_bits
 
+_PLAIN = ([1, 1], [1, 1], [0, 0], [0, 0], [1, 1])
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Shape, kernel, stride, dilation.
+# Shape, kernel, stride, dilation, zeros before and after, and the distance between elements.
 CASES = {
-    "1d": ((2, 3, 11), [3], [2], [1]),
-    "1d, one position": ((2, 3, 5), [3], [1], [2]),
-    "2d": ((3, 2, 6, 40), [3, 2], [1, 1], [1, 1]),
-    "2d, strided, dilated": ((2, 3, 9, 12), [2, 3], [2, 3], [3, 2]),
-    "3d": ((2, 2, 4, 5, 6), [2, 1, 3], [1, 2, 1], [1, 1, 2]),
-    "no rows": ((0, 2, 5, 5), [3, 3], [1, 1], [1, 1]),
-    "no channels": ((2, 0, 5, 5), [3, 3], [1, 1], [1, 1]),
+    "1d": ((2, 3, 11), [3], [2], [1], [0], [0], [1]),
+    "1d, one position": ((2, 3, 5), [3], [1], [2], [0], [0], [1]),
+    "1d, all zeros at a tap": ((2, 3, 2), [7], [1], [1], [3], [3], [1]),
+    "2d": ((3, 2, 6, 40), [3, 2], [1, 1], [1, 1], [0, 0], [0, 0], [1, 1]),
+    "2d, padded": ((3, 2, 6, 40), [3, 3], [1, 1], [1, 1], [1, 2], [2, 0], [1, 1]),
+    "2d, cut": ((3, 2, 6, 9), [2, 3], [1, 2], [1, 1], [-1, 1], [1, -2], [1, 1]),
+    "2d, strided, dilated": ((2, 3, 9, 12), [2, 3], [2, 3], [3, 2], [1, 4], [0, 3], [1, 1]),
+    "2d, spread": ((2, 3, 4, 5), [3, 4], [1, 1], [1, 1], [2, 1], [1, 3], [2, 3]),
+    "2d, spread, strided": ((2, 3, 5, 5), [3, 2], [2, 4], [1, 3], [0, 2], [1, 1], [3, 2]),
+    "2d, spread, cut": ((2, 3, 5, 5), [2, 2], [1, 1], [1, 1], [-1, -2], [-1, 2], [2, 2]),
+    "3d": ((2, 2, 4, 5, 6), [2, 1, 3], [1, 2, 1], [1, 1, 2], [1, 0, 2], [0, 1, 2], [1, 2, 1]),
+    "no rows": ((0, 2, 5, 5), [3, 3], *_PLAIN),
+    "no channels": ((2, 0, 5, 5), [3, 3], *_PLAIN),
 }
 
 
@@ -50,8 +57,8 @@ def test_bits_are_copied_as_they_are():
     """NaN with its payload, infinities, denormals and signs of zeros."""
     bits = torch.tensor([0x7FC12345, -0x12345, -(2**31), 1, 0x7F800000, 0], dtype=torch.int32)
     x = bits.view(torch.float32).repeat(4).view(1, 1, 4, 6)
-    found = torch.ops.bicompile.windows(x, [2, 2], [1, 1], [1, 1], False)
-    assert torch.equal(found.view(torch.int32), reference(x, [2, 2], [1, 1], [1, 1], False).view(torch.int32))
+    found = torch.ops.bicompile.windows(x, [2, 2], *_PLAIN, False)
+    assert torch.equal(found.view(torch.int32), reference(x, [2, 2], *_PLAIN, False).view(torch.int32))
 
 
 @pytest.mark.parametrize(
@@ -59,11 +66,14 @@ def test_bits_are_copied_as_they_are():
     [((2, 3), [1], [1]), ((2, 3, 4), [5], [1]), ((2, 3, 4, 4), [2], [1]), ((2, 3, 4), [2], [1, 1])],
 )
 def test_bad_arguments_are_refused(shape: tuple[int, ...], kernel: list[int], stride: list[int]):
+    one = [1] * len(kernel)
     for device in ("cpu", "meta"):
         with pytest.raises(RuntimeError, match="bicompile::windows: expected x"):
-            torch.ops.bicompile.windows(torch.ones(shape, device=device), kernel, stride, [1] * len(kernel), False)
-    with pytest.raises(RuntimeError, match="bicompile::windows: expected"):
-        torch.ops.bicompile.windows(torch.ones(1, 2, 3, dtype=torch.int64), [2], [1], [1], False)
+            x = torch.ones(shape, device=device)
+            torch.ops.bicompile.windows(x, kernel, stride, one, [0] * len(kernel), [0] * len(kernel), one, False)
+    for bad in ((torch.ones(1, 2, 3, dtype=torch.int64), [1]), (torch.ones(1, 2, 3), [0])):
+        with pytest.raises(RuntimeError, match="bicompile::windows: expected"):
+            torch.ops.bicompile.windows(bad[0], [2], bad[1], [1], [0], [0], [1], False)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -72,7 +82,7 @@ def test_a_convolution_has_the_order_of_products(size: int, kernel: int, dtype: 
     """Over (channel, kernel position), in blocks: 225 and 208 terms are more than one."""
     channels = 25 if kernel == 3 else 208
     x, weight = image((2, channels, size, size), dtype), image((3, channels, kernel, kernel), dtype)
-    columns = reference(x, [kernel] * 2, [1, 1], [1, 1], False)
+    columns = reference(x, [kernel] * 2, *_PLAIN, False)
     expected = torch.stack([products.mm(sample.T, weight.flatten(1).T).T for sample in columns])
     with bicompile.eager():
         assert same_bits(F.conv2d(x, weight).flatten(2), expected)

@@ -1,93 +1,122 @@
 // bicompile::windows on the CPU: copies, run by run where the last dim of the image is dense and the stride 1.
 #include <algorithm>
 #include <array>
+#include <numeric>
 
 #include "tensor.h"
 
 namespace bicompile {
 namespace {
 
-using Three = std::array<int64_t, 3>;
+using Ints = std::vector<int64_t>;
 
-// Values of the 1 to 3 spatial dims behind `first`, as the last of three.
-template <class Get>
-Three padded(int64_t dims, int64_t otherwise, const Get& get) {
-  Three r{otherwise, otherwise, otherwise};
-  for (int64_t i = 0; i < dims; i++) r[3 - dims + i] = get(i);
-  return r;
-}
+// One spatial dim: the image's elements, with zeros between and around them, and the windows that move over them.
+struct Dim {
+  int64_t size = 1, step = 0;  // of the image; the step in elements
+  int64_t kernel = 1, stride = 1, dilation = 1, before = 0, after = 0, between = 1, positions = 1;
 
-struct Windows {
-  Three kernel, stride, dilation, positions, step;  // step: of the image, in elements
-  int64_t samples, channels, sample_step, channel_step;
-  int64_t taps, count;  // elements of a kernel, positions of a sample
-
-  Windows(const Tensor& x, const std::vector<int64_t>& k, const std::vector<int64_t>& s,
-          const std::vector<int64_t>& d) {
-    const int64_t dims = x.dim() - 2;
-    STD_TORCH_CHECK(dims >= 1 && dims <= 3 && int64_t(k.size()) == dims && int64_t(s.size()) == dims &&
-                        int64_t(d.size()) == dims,
-                    "bicompile::windows: expected x of [N, C, *S] and a kernel, stride and dilation for each S, got ",
-                    x.dim(), " dims and ", k.size());
-    kernel = padded(dims, 1, [&](int64_t i) { return k[i]; });
-    stride = padded(dims, 1, [&](int64_t i) { return s[i]; });
-    dilation = padded(dims, 1, [&](int64_t i) { return d[i]; });
-    step = padded(dims, 0, [&](int64_t i) { return x.stride(2 + i); });
-    const Three sizes = padded(dims, 1, [&](int64_t i) { return x.size(2 + i); });
-    samples = x.size(0), channels = x.size(1), sample_step = x.stride(0), channel_step = x.stride(1);
-    taps = count = 1;
-    for (int i = 0; i < 3; i++) {
-      const int64_t reach = dilation[i] * (kernel[i] - 1) + 1;
-      STD_TORCH_CHECK(kernel[i] > 0 && stride[i] > 0 && dilation[i] > 0 && sizes[i] >= reach,
-                      "bicompile::windows: expected x to hold one window at least, got a dim of ", sizes[i],
-                      " for one of ", reach);
-      positions[i] = (sizes[i] - reach) / stride[i] + 1;
-      taps *= kernel[i], count *= positions[i];
-    }
+  Dim() = default;
+  Dim(int64_t size, int64_t step, int64_t kernel, int64_t stride, int64_t dilation, int64_t before, int64_t after,
+      int64_t between)
+      : size(size), step(step), kernel(kernel), stride(stride), dilation(dilation), before(before), after(after),
+        between(between) {
+    STD_TORCH_CHECK(kernel > 0 && stride > 0 && dilation > 0 && between > 0,
+                    "bicompile::windows: expected kernel, stride, dilation and between of 1 or more, got ", kernel, ", ",
+                    stride, ", ", dilation, " and ", between);
+    const int64_t reach = dilation * (kernel - 1) + 1, room = before + spread() + after;
+    STD_TORCH_CHECK(room >= reach, "bicompile::windows: expected x to hold one window at least, got a dim of ", room,
+                    " for one of ", reach);
+    positions = (room - reach) / stride + 1;
   }
 
-  // The elements of all windows of one channel at one kernel position.
-  template <class T>
-  void copy(const T* from, T* to) const {
-    const int64_t next = step[2] * stride[2], width = positions[2];
-    for (int64_t i = 0; i < positions[0]; i++)
-      for (int64_t j = 0; j < positions[1]; j++, to += width) {
-        const T* row = from + i * stride[0] * step[0] + j * stride[1] * step[1];
-        if (next == 1) {
-          std::copy_n(row, width, to);
-        } else {
-          for (int64_t w = 0; w < width; w++) to[w] = row[w * next];
-        }
-      }
-  }
+  int64_t spread() const { return size > 0 ? (size - 1) * between + 1 : 0; }
 
-  // All windows; rows of one sample and row lie `sample_to` and `row_to` apart in the result.
-  template <class T>
-  void copy_all(const T* x, T* out, int64_t sample_to, int64_t row_to) const {
-    const int64_t work = samples * channels * taps * count / 4;
-    parallel_tasks(samples * channels, work, [&](int64_t task) {
-      const int64_t n = task / channels, c = task % channels;
-      const T* image = x + n * sample_step + c * channel_step;
-      T* to = out + n * sample_to + c * taps * row_to;
-      for (int64_t a = 0; a < kernel[0]; a++)
-        for (int64_t b = 0; b < kernel[1]; b++)
-          for (int64_t d = 0; d < kernel[2]; d++, to += row_to) {
-            copy(image + a * dilation[0] * step[0] + b * dilation[1] * step[1] + d * dilation[2] * step[2], to);
-          }
-    });
+  // The image's element at kernel position k of the window at position p; -1 for a zero.
+  int64_t source(int64_t p, int64_t k) const {
+    const int64_t at = p * stride + k * dilation - before;
+    return at >= 0 && at < spread() && at % between == 0 ? at / between : -1;
   }
 };
 
-Tensor windows(const Tensor& x, std::vector<int64_t> kernel, std::vector<int64_t> stride,
-               std::vector<int64_t> dilation, bool across) {
-  const Windows w(x, kernel, stride, dilation);
-  const int64_t rows = w.channels * w.taps;
-  Tensor out = across ? new_tensor({rows, w.samples * w.count}, x.scalar_type())
-                      : new_tensor({w.samples, rows, w.count}, x.scalar_type());
+// Where along a dim the elements at one kernel position are no zeros: every `period`-th position from `first` on.
+struct Run {
+  int64_t first = 0, count = 0, period, source = 0, source_step;
+
+  Run(const Dim& d, int64_t k) {
+    const int64_t common = std::gcd(d.stride, d.between);
+    period = d.between / common, source_step = d.stride / common;
+    while (first < d.positions && d.source(first, k) < 0) first++;
+    if (first == d.positions) return;
+    source = d.source(first, k);
+    count = std::min((d.positions - first - 1) / period, (d.size - 1 - source) / source_step) + 1;
+  }
+
+  // from: the image's row, whose elements lie `step` apart; to: `width` elements.
+  template <class T>
+  void copy(const T* from, int64_t step, T* to, int64_t width) const {
+    from += source * step;
+    const int64_t by = source_step * step;
+    if (period > 1) {
+      std::fill_n(to, width, T());
+      for (int64_t i = 0; i < count; i++) to[first + i * period] = from[i * by];
+      return;
+    }
+    std::fill_n(to, first, T());
+    if (by == 1) {
+      std::copy_n(from, count, to + first);
+    } else {
+      for (int64_t i = 0; i < count; i++) to[first + i] = from[i * by];
+    }
+    std::fill(to + first + count, to + width, T());
+  }
+};
+
+// The elements of all windows of one channel at kernel position (a, b, that of `run`).
+template <class T>
+void copy_tap(const std::array<Dim, 3>& dims, const T* image, int64_t a, int64_t b, const Run& run, T* to) {
+  const int64_t width = dims[2].positions;
+  for (int64_t i = 0; i < dims[0].positions; i++)
+    for (int64_t j = 0; j < dims[1].positions; j++, to += width) {
+      const int64_t y = dims[0].source(i, a), x = dims[1].source(j, b);
+      if (y < 0 || x < 0) {
+        std::fill_n(to, width, T());
+      } else {
+        run.copy(image + y * dims[0].step + x * dims[1].step, dims[2].step, to, width);
+      }
+    }
+}
+
+Tensor windows(const Tensor& x, Ints kernel, Ints stride, Ints dilation, Ints before, Ints after, Ints between,
+               bool across) {
+  const int64_t spatial = x.dim() - 2;
+  bool fit = spatial >= 1 && spatial <= 3;
+  for (const Ints* each : {&kernel, &stride, &dilation, &before, &after, &between})
+    fit = fit && int64_t(each->size()) == spatial;
+  STD_TORCH_CHECK(fit, "bicompile::windows: expected x of [N, C, *S] and one number for each S, got ", x.dim(),
+                  " dims and ", kernel.size(), " numbers");
+  std::array<Dim, 3> dims;
+  for (int64_t i = 0; i < spatial; i++)
+    dims[3 - spatial + i] =
+        Dim(x.size(2 + i), x.stride(2 + i), kernel[i], stride[i], dilation[i], before[i], after[i], between[i]);
+  int64_t taps = 1, count = 1;  // of a kernel, positions of a sample
+  for (const Dim& d : dims) taps *= d.kernel, count *= d.positions;
+  std::vector<Run> runs;
+  for (int64_t k = 0; k < dims[2].kernel; k++) runs.emplace_back(dims[2], k);
+
+  const int64_t samples = x.size(0), channels = x.size(1), rows = channels * taps;
+  Tensor out = across ? new_tensor({rows, samples * count}, x.scalar_type())
+                      : new_tensor({samples, rows, count}, x.scalar_type());
+  const int64_t sample_to = across ? count : rows * count, row_to = across ? samples * count : count;
   dispatch("windows", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    w.copy_all(static_cast<const T*>(x.data_ptr()), static_cast<T*>(out.data_ptr()),
-               across ? w.count : rows * w.count, across ? w.samples * w.count : w.count);
+    parallel_tasks(samples * channels, samples * rows * count / 4, [&](int64_t task) {
+      const int64_t n = task / channels, c = task % channels;
+      const T* image = static_cast<const T*>(x.data_ptr()) + n * x.stride(0) + c * x.stride(1);
+      T* to = static_cast<T*>(out.data_ptr()) + n * sample_to + c * taps * row_to;
+      for (int64_t a = 0; a < dims[0].kernel; a++)
+        for (int64_t b = 0; b < dims[1].kernel; b++)
+          for (const Run& run : runs) copy_tap(dims, image, a, b, run, to), to += row_to;
+    });
   });
   return out;
 }

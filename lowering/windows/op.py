@@ -1,8 +1,10 @@
 """``bicompile::windows``: every window of an image as the columns of a matrix, on the CPU.
 
-Of ``x``, [N, C, *S] of 1 to 3 spatial dims, window ``p`` (positions ascending, the last dim fastest) becomes column
-``p``, its elements by (channel, kernel position) ascending.  The result is contiguous: [N, C * taps, positions], or
-[C * taps, N * positions] with ``across``, where the columns of all samples stand side by side.
+The image is ``x``, [N, C, *S] of 1 to 3 spatial dims, with ``between - 1`` zeros between its elements along each of
+these, and ``before`` and ``after`` zeros around them; a negative count takes elements away.  Window ``p`` (positions
+ascending, the last dim fastest) becomes column ``p``, its elements by (channel, kernel position) ascending.  The result
+is contiguous: [N, C * taps, positions], or [C * taps, N * positions] with ``across``, where the columns of all samples
+stand side by side.
 
 Inductor writes such a copy element by element, with divisions for each, and shares it out by samples only.
 
@@ -20,27 +22,42 @@ from torch import Tensor
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIB = torch.library.Library("bicompile", "FRAGMENT")
-_LIB.define("windows(Tensor x, int[] kernel, int[] stride, int[] dilation, bool across) -> Tensor", tags=_TAGS)
+_LIB.define(
+    "windows(Tensor x, int[] kernel, int[] stride, int[] dilation, int[] before, int[] after, int[] between, "
+    "bool across) -> Tensor",
+    tags=_TAGS,
+)
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def positions_of(
     sizes: Sequence[Any], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> list[Any]:
-    """How many windows lie along each spatial dim."""
+    """How many windows lie along each spatial dim of an image of ``sizes``."""
     return [(n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(sizes, kernel, stride, dilation, strict=True)]
 
 
 @torch.library.register_fake("bicompile::windows", lib=_LIB)
-def _(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], across: bool) -> Tensor:
+def _(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    before: Sequence[int],
+    after: Sequence[int],
+    between: Sequence[int],
+    across: bool,
+) -> Tensor:
+    numbers = (kernel, stride, dilation, before, after, between)
     got = f"{x.dtype} of shape {tuple(x.shape)}, kernel {list(kernel)}"
     torch._check(
-        x.dim() in (3, 4, 5) and len(kernel) == len(stride) == len(dilation) == x.dim() - 2,
-        lambda: f"bicompile::windows: expected x of [N, C, *S] and a kernel, stride and dilation for each S, got {got}",
+        x.dim() in (3, 4, 5) and all(len(each) == x.dim() - 2 for each in numbers),
+        lambda: f"bicompile::windows: expected x of [N, C, *S] and one number for each S, got {got}",
     )
-    torch._check(x.dtype in _FLOATS, lambda: f"bicompile::windows: expected a floating-point x, got {got}")
-    found = positions_of(x.shape[2:], kernel, stride, dilation)
+    torch._check(x.dtype in DTYPES, lambda: f"bicompile::windows: expected a floating-point x, got {got}")
+    sizes = [(n - 1) * s + 1 + b + a for n, s, b, a in zip(x.shape[2:], between, before, after, strict=True)]
+    found = positions_of(sizes, kernel, stride, dilation)
     for count in found:
         torch._check(count > 0, lambda: f"bicompile::windows: expected x to hold one window at least, got {got}")
     columns, positions = x.shape[1] * math.prod(kernel), math.prod(found)

@@ -1,0 +1,110 @@
+"""Images with zeros between and around their elements, and the windows that move over them.
+
+Views and copies: nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .lowering.windows.op import DTYPES
+
+aten = torch.ops.aten
+
+
+class Image(NamedTuple):
+    """A tensor [N, C, *S] with ``between - 1`` zeros between its elements along each trailing dim, and zeros around.
+
+    A negative count of zeros before or after takes elements away.
+    """
+
+    x: Tensor
+    before: Sequence[Any]
+    after: Sequence[Any]
+    between: Sequence[int]
+
+    @property
+    def sizes(self) -> list[Any]:
+        """Of the trailing dims, zeros included."""
+        given = zip(self.x.shape[2:], self.between, self.before, self.after, strict=True)
+        return [(n - 1) * s + 1 + b + a for n, s, b, a in given]
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether it is more than its tensor, as far as that is known."""
+        known = all(isinstance(n, int) and n == 0 for n in (*self.before, *self.after))
+        return not known or any(n != 1 for n in self.between)
+
+    @property
+    def has_kernel(self) -> bool:
+        """Whether ``bicompile::windows`` takes it, which wants numbers that are known."""
+        known = all(isinstance(n, int) for n in (*self.before, *self.after))
+        return known and self.x.device.type == "cpu" and self.x.dtype in DTYPES
+
+    def written_out(self) -> Tensor:
+        """As a tensor of its own."""
+        if not self.has_zeros:
+            return self.x
+        if self.has_kernel:  # Inductor would look for zeros wherever it reads an element
+            ones = [1] * len(self.between)
+            return self.columns(ones, ones, ones, False).view(*self.x.shape[:2], *self.sizes)
+        return padded(stuffed(self.x, self.between), self.before, self.after)
+
+    def columns(self, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], across: bool) -> Tensor:
+        """The windows as ``bicompile::windows`` has them, on the CPU."""
+        if not (across or self.has_zeros) and all(n == 1 for n in (*kernel, *strides)):
+            return self.x.contiguous().flatten(2)
+        x, before, after, between = self
+        if not self.has_kernel:
+            none, ones = [0] * len(kernel), [1] * len(kernel)
+            x, before, after, between = self.written_out(), none, none, ones
+        numbers = (list(each) for each in (kernel, strides, dilations, before, after, between))
+        return torch.ops.bicompile.windows(x.contiguous(), *numbers, across)
+
+
+def padded(x: Tensor, before: Sequence[Any], after: Sequence[Any]) -> Tensor:
+    """Zeros around the trailing dims; a negative count takes elements away."""
+    pads = [count for pair in reversed(list(zip(before, after, strict=True))) for count in pair]
+    return x if all(isinstance(n, int) and n == 0 for n in pads) else aten.constant_pad_nd(x, pads, 0.0)
+
+
+def stuffed(x: Tensor, strides: Sequence[int]) -> Tensor:
+    """``stride - 1`` zeros between neighbours along each trailing dim."""
+    for dim, stride in enumerate(strides, x.dim() - len(strides)):
+        if stride > 1:
+            wide = F.pad(x.unsqueeze(dim + 1), [0, 0] * (x.dim() - dim - 1) + [0, stride - 1])
+            x = wide.flatten(dim, dim + 1).narrow(dim, 0, (x.shape[dim] - 1) * stride + 1)
+    return x
+
+
+def windows_of(x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Tensor:
+    """Every window of the trailing dims, as a view [..., *positions, *kernel]."""
+    first = x.dim() - len(kernel)
+    for dim, (size, stride, dilation) in enumerate(zip(kernel, strides, dilations, strict=True), first):
+        x = x.unfold(dim, dilation * (size - 1) + 1, stride)
+        if dilation > 1:
+            x = x[..., ::dilation]
+    return x
+
+
+def taps_of(x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[Tensor]:
+    """The windows' elements by kernel position, ascending: a view [..., *positions] for each."""
+    first = x.dim() - len(kernel)
+    spans = [
+        (x.shape[first + i] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] * strides[i] + 1
+        for i in range(len(kernel))
+    ]
+    taps = []
+    for position in itertools.product(*map(range, kernel)):
+        tap = x
+        for i, k in enumerate(position):
+            tap = tap.narrow(first + i, k * dilations[i], spans[i])
+            tap = aten.slice.Tensor(tap, first + i, 0, None, strides[i]) if strides[i] > 1 else tap
+        taps.append(tap)
+    return taps

@@ -3,9 +3,11 @@
 A convolution is a matrix product of the windows of all samples with the kernels of the output channels; what is summed
 is (channel, kernel position), ascending.  So it has the order of ``lowering.matmul``, which the batch cannot reach.  On
 a GPU Inductor writes out the windows, as rows; on a CPU ``lowering.windows`` does, as columns.  A transposed
-convolution, and the gradient of a convolution's input, is the convolution of the stuffed input (zeros between its
-elements) with the flipped kernel; it too rounds once.  The gradient of a weight sums over batch and positions, in
-ascending order.  A depthwise kernel is small: its products are added position by position, in float32, which fuses.
+convolution, and the gradient of a convolution's input, is for each of its phases (the remainders by the stride) the
+convolution of the input with those positions of the flipped kernel that meet an element; of many phases, or with a
+dilation, that of the stuffed input (zeros between its elements) with the whole kernel.  It too rounds once.  The
+gradient of a weight sums over batch and positions, in ascending order.  A depthwise kernel is small: its products are
+added position by position, in float32, which fuses.
 
 A pooled mean adds its window in ascending order in float32, divides and rounds once.  Its gradient does the same over
 the windows that an element belongs to.
@@ -14,6 +16,7 @@ the windows that an element belongs to.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +34,8 @@ _HALVES = (torch.bfloat16, torch.float16)
 _MOST_TAPS = 16
 # From so many positions on, a sample's product is large enough by itself (CPU).
 _MANY_POSITIONS = 128
+# A transposed convolution of a larger stride multiplies the zeros between its input's elements.
+_MOST_PHASES = 16
 
 
 # -- Convolution ------------------------------------------------------------------------------------------------------
@@ -149,11 +154,54 @@ def _transposed(
     channels_last: bool,
 ) -> Tensor:
     """The transposed convolution of ``x`` [N, I, *S] with ``weight`` [I, O / groups, *kernel]."""
-    reach = [dilation * (k - 1) for k, dilation in zip(weight.shape[2:], dilations, strict=True)]
-    before = [r - p for r, p in zip(reach, padding, strict=True)]
-    after = [r - p + extra for r, p, extra in zip(reach, padding, output_padding, strict=True)]
-    image = Image(x, before, after, strides)
-    return _convolve(image, _flipped(weight, groups), [1] * len(reach), dilations, groups, channels_last)
+    dims, kernel = len(strides), weight.shape[2:]
+    flipped = _flipped(weight, groups)
+    reach = [dilation * (k - 1) for k, dilation in zip(kernel, dilations, strict=True)]
+    phases = list(itertools.product(*map(range, strides)))
+    if any(d != 1 for d in dilations) or not 1 < len(phases) <= _MOST_PHASES:
+        before = [r - p for r, p in zip(reach, padding, strict=True)]
+        after = [r - p + extra for r, p, extra in zip(reach, padding, output_padding, strict=True)]
+        return _convolve(Image(x, before, after, strides), flipped, [1] * dims, dilations, groups, channels_last)
+    given = zip(x.shape[2:], strides, padding, reach, output_padding, strict=True)
+    sizes = [(n - 1) * s - 2 * p + r + 1 + extra for n, s, p, r, extra in given]
+    counts = [(size + s - 1) // s for size, s in zip(sizes, strides, strict=True)]
+    found = [_phase(x, flipped, phase, strides, padding, counts, groups) for phase in phases]
+    # [N, O, *counts, *strides], of which each count and its stride make one dim, a little longer than the result's.
+    split = torch.stack(found, -1).view(*found[0].shape, *strides)
+    order = [0, 1, *(d for i in range(dims) for d in (2 + i, 2 + dims + i))]
+    y = split.permute(order).reshape(*split.shape[:2], *(c * s for c, s in zip(counts, strides, strict=True)))
+    for i, size in enumerate(sizes):
+        y = y.narrow(2 + i, 0, size)
+    if channels_last:
+        return y.contiguous(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
+    return y.contiguous()
+
+
+def _phase(
+    x: Tensor,
+    flipped: Tensor,
+    phase: Sequence[int],
+    strides: Sequence[int],
+    padding: Sequence[int],
+    counts: Sequence[Any],
+    groups: int,
+) -> Tensor:
+    """Every ``strides``-th element of a transposed convolution from ``phase`` on, [N, O, *counts].
+
+    The elements of ``x`` that it is made of meet every ``strides``-th position of the kernel, the others zeros.
+    """
+    before, after, kernel = [], [], flipped
+    for i, (r, s, p, count) in enumerate(zip(phase, strides, padding, counts, strict=True)):
+        skipped, first = divmod(r + p, s)  # the position of the kernel, not flipped, that meets an element first
+        taps = -(-(flipped.shape[2 + i] - first) // s) if first < flipped.shape[2 + i] else 0
+        if taps == 0:
+            return x.new_zeros(x.shape[0], flipped.shape[0], *counts)
+        last = flipped.shape[2 + i] - 1 - first
+        kernel = aten.slice.Tensor(kernel, 2 + i, last - (taps - 1) * s, last + 1, s)
+        before.append(taps - 1 - skipped)
+        after.append(count + skipped - x.shape[2 + i])
+    ones = [1] * len(phase)
+    return _convolve(Image(x, before, after, ones), kernel, ones, ones, groups, False)
 
 
 def _convolution(

@@ -111,6 +111,18 @@ def test_values_and_strides_are_those_of_stock():
                 torch.testing.assert_close(ours, stock, rtol=1e-9, atol=1e-9)
 
 
+def test_zeros_between_the_elements_of_a_transposed_convolution_meet_no_weight():
+    """An infinite one makes infinities where it meets an element, and no NaN where there is none."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.rand(2, 3, 4, 5, generator=generator), torch.rand(3, 2, 3, 3, generator=generator)
+    weight[1, 0, 1, 2] = math.inf
+    expected = torch.nn.functional.conv_transpose2d(x, weight, stride=2, padding=1)
+    with bicompile.eager():
+        found = torch.nn.functional.conv_transpose2d(x, weight, stride=2, padding=1)
+    assert expected.isinf().any() and not expected.isnan().any()
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_error_is_no_worse_than_that_of_stock(dtype: torch.dtype):
     torch.manual_seed(0)

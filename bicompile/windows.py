@@ -93,9 +93,7 @@ def _convolve(
             y = y.squeeze(1)
         else:  # contiguous first: whether a view can join the groups is hard to say where sizes are unknown
             y = y.contiguous().view(samples, outputs, *positions)
-    if channels_last:
-        return y.contiguous(memory_format=torch.channels_last if y.dim() == 4 else torch.channels_last_3d)
-    return y.contiguous()
+    return _laid_out(y, channels_last)
 
 
 def _products_of_windows(
@@ -128,6 +126,13 @@ def _convolve_depthwise(x: Tensor, weight: Tensor, strides: Sequence[int], dilat
     factors = _wide(weight).reshape(outputs, -1, *[1] * len(kernel))
     terms = [_wide(tap) * factors[:, k] for k, tap in enumerate(taps_of(x, kernel, strides, dilations))]
     return functools.reduce(torch.add, terms).to(x.dtype)
+
+
+def _laid_out(y: Tensor, channels_last: bool) -> Tensor:
+    """``y`` of 3 to 5 dims in its own memory, the channels last or not."""
+    if channels_last:
+        return y.contiguous(memory_format=torch.channels_last if y.dim() == 4 else torch.channels_last_3d)
+    return y.contiguous()
 
 
 def _flipped(weight: Tensor, groups: int) -> Tensor:
@@ -172,9 +177,7 @@ def _transposed(
     y = split.permute(order).reshape(*split.shape[:2], *(c * s for c, s in zip(counts, strides, strict=True)))
     for i, size in enumerate(sizes):
         y = y.narrow(2 + i, 0, size)
-    if channels_last:
-        return y.contiguous(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
-    return y.contiguous()
+    return _laid_out(y, channels_last)
 
 
 def _phase(
@@ -264,9 +267,10 @@ def _convolution_backward(
         small, large = (x, grad) if transposed else (grad, x)
         fitted = _fitted(large, small.shape[2:], padding, kernel, stride, dilation)
         if x.device.type == "cpu":
-            by_channel = small.transpose(0, 1).reshape(groups, small.shape[1] // groups, -1)
+            summed = small.shape[0] * math.prod(small.shape[2:])
+            by_channel = small.transpose(0, 1).reshape(groups, small.shape[1] // groups, summed)
             columns = fitted.columns(kernel, stride, dilation, across=True)
-            terms = columns.view(groups, large.shape[1] // groups * math.prod(kernel), -1).transpose(1, 2)
+            terms = columns.view(groups, large.shape[1] // groups * math.prod(kernel), summed).transpose(1, 2)
             d_weight = _matmul(by_channel, terms).reshape(weight.shape)
         else:
             columns = _columns(fitted.written_out(), kernel, stride, dilation, groups)
@@ -484,9 +488,7 @@ def _replication_pad_backward(dims: int) -> Callable[[Tensor, Tensor, Sequence[i
 
 def _like(x: Tensor, result: Tensor) -> Tensor:
     """``result`` laid out as PyTorch lays out what it pools from ``x``."""
-    if _is_channels_last(x):
-        return result.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
-    return result.contiguous()
+    return _laid_out(result, _is_channels_last(x))
 
 
 NORMAL_FORMS: dict[OpOverload, Callable[..., Any]] = {

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from .gpu_timing import gpu_interleaved
 from .results import Report, Row
-from .timing import Timing, interleaved
+from .timing import Comparison, Timing, interleaved
 
 _WRITE_EVERY = 20.0
 """Seconds between two writings of the result file, so that a run that is cut off leaves what it measured."""
@@ -72,6 +72,18 @@ class Suite:
 
     def summarise(self, report: Report) -> None:
         """Add the headline figures of what was measured so far."""
+
+    def against_each(self, case: Any, timings: Mapping[str, Timing], same: bool, extra: Mapping[str, Any]) -> list[Row]:
+        """A row for each of ``timings`` that ``ours`` is held against."""
+        rows = []
+        for against, theirs in timings.items():
+            if against != "ours":
+                found = Comparison(timings["ours"], theirs)
+                low, high = found.ratio_spread
+                times = {"ours_us": found.ours.median_us, "theirs_us": theirs.median_us}
+                spread = {"ratio_low": low, "ratio_high": high}
+                rows.append(Row(str(case), against, found.ratio, same, {**extra, **times, **spread}))
+        return rows
 
     def in_turns(self, runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, Timing]:
         """Time ``runs`` on the suite's device: at most ``rounds`` turns, in about the seconds of a case."""

@@ -19,7 +19,6 @@ from bicompile.testing import same_bits
 
 from ..results import Report, Row
 from ..suite import Suite
-from ..timing import Comparison
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "3x3, 64 channels, 28x28": (lambda: nn.Conv2d(64, 64, 3, padding=1), (64, 28, 28)),
@@ -82,13 +81,7 @@ class Measured(Suite):
             raise AssertionError(f"{case}: results differ from eager's by {difference:.2%}")
         same = same_bits(forwards["ours"](x.flip(0)).flip(0), got)
         runs = {name: functools.partial(forward, x) for name, forward in forwards.items()}
-        timings, rows = self.in_turns(runs, rounds=300), []
-        for against in ("eager", "inductor"):
-            found = Comparison(timings["ours"], timings[against])
-            low, high = found.ratio_spread
-            extra = {"group": case.dtype_name, "ours_us": found.ours.median_us, "theirs_us": found.theirs.median_us}
-            rows.append(Row(str(case), against, found.ratio, same, extra | {"ratio_low": low, "ratio_high": high}))
-        return rows
+        return self.against_each(case, self.in_turns(runs, rounds=300), same, {"group": case.dtype_name})
 
     def summarise(self, report: Report) -> None:
         """Mean and worst of each dtype, against each baseline."""

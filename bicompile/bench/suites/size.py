@@ -20,7 +20,6 @@ from bicompile.testing import same_bits
 
 from ..results import Report, Row
 from ..suite import Suite
-from ..timing import Comparison
 from .llama import model, tokens
 
 WIDTHS = {"cpu": (256, 512, 1024), "cuda": (512, 1024, 2048, 4096)}
@@ -81,15 +80,9 @@ class Measured(Suite):
         if not (difference := float((got - expected).norm() / expected.norm())) < AGREE[dtype]:
             raise AssertionError(f"{case}: logits differ from eager's by {difference:.2%}")
         same = same_bits(_logits(forwards["ours"], ids.flip(0)).flip(0), got)
-        timings, rows = self.in_turns(runs, rounds=100), []
-        for against in ("eager", "inductor"):
-            found = Comparison(timings["ours"], timings[against])
-            weights = sum(weight.numel() for weight in llama.parameters())
-            extra = {"group": case.group, "series": case.group, "weights": weights}
-            extra |= {"ours_us": found.ours.median_us, "theirs_us": found.theirs.median_us}
-            low, high = found.ratio_spread
-            rows.append(Row(str(case), against, found.ratio, same, extra | {"ratio_low": low, "ratio_high": high}))
-        return rows
+        weights = sum(weight.numel() for weight in llama.parameters())
+        extra = {"group": case.group, "series": case.group, "weights": weights}
+        return self.against_each(case, self.in_turns(runs, rounds=100), same, extra)
 
     def summarise(self, report: Report) -> None:
         """Against each baseline: the smallest and the largest model, and the mean."""

@@ -20,7 +20,8 @@ _CYCLES_PER_SECOND = 2e9
 def gpu_interleaved(runs: Mapping[str, Callable[[], Any]], ms: float = 100.0, rounds: int = 200) -> dict[str, Timing]:
     """Time each of ``runs`` in turns, with CUDA events around each single call and L2 overwritten before it.
 
-    The GPU sleeps while the CPU queues the calls, so that what is measured is the GPU's time alone.
+    The GPU sleeps while the CPU queues the calls, so that what is measured is the GPU's time alone, of calls that
+    launch a few kernels each: it can queue about a thousand.
 
     Args:
         runs: name to a call without arguments, on the current CUDA device, that does not wait for the device.

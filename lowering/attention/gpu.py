@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bicompile.lowering.gpu.device import device_key
-from bicompile.lowering.gpu.launch import INTERPRETED, Launch, on_device, planned
+from bicompile.lowering.gpu.launch import INTERPRETED, Launch, new_dense, on_device, planned
 
 from .admitted import choose
 from .kernels import tile_kernel
@@ -39,7 +39,7 @@ Plan = Callable[[Problem], tuple[Tensor, Tensor]]
 def new_outputs(p: Problem) -> tuple[Tensor, Tensor]:
     """Output and statistics, laid out as the fake kernel says."""
     batch, heads, queries, _ = p.q.shape
-    out = p.q.new_empty((batch, queries, heads, p.v.shape[3])).transpose(1, 2)
+    out = new_dense(p.q, (batch, queries, heads, p.v.shape[3])).transpose(1, 2)
     wide = torch.float64 if p.q.dtype == torch.float64 else torch.float32
     return out, p.q.new_empty((batch, heads, queries), dtype=wide)
 

@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from bicompile.lowering.gpu.launch import checked
+
 _LIB = torch.library.Library("bicompile", "FRAGMENT")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -363,7 +365,7 @@ def _cuda(
 ) -> tuple[Tensor, Tensor]:
     from .gpu import sdpa  # late: importing the op must not import triton
 
-    _check_op("sdpa", q, k, v, mask, seeds, dropout_p)
+    checked(_check_op, "sdpa", q, k, v, mask, seeds, dropout_p)
     return sdpa(q, k, v, mask, is_causal, scale, rows, seeds, dropout_p)
 
 
@@ -389,7 +391,7 @@ def _cuda_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from .gpu_backward import sdpa_backward  # late: importing the op must not import triton
 
-    _check_op("sdpa_backward", q, k, v, mask, seeds, dropout_p)
+    checked(_check_op, "sdpa_backward", q, k, v, mask, seeds, dropout_p)
     return sdpa_backward(grad, q, k, v, mask, out, lse, is_causal, scale, mask_grad, seeds, dropout_p)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bicompile.lowering.gpu.admission import Admission
 from bicompile.lowering.gpu.device import device_key
-from bicompile.lowering.gpu.launch import INTERPRETED, is_capturing, key_of, on_device, planned
+from bicompile.lowering.gpu.launch import INTERPRETED, is_capturing, key_of, new_dense, on_device, planned
 
 from . import cublaslt, probes
 from .problem import Problem, problem_of
@@ -69,7 +69,7 @@ def _product(a: Tensor, b: Tensor, c: Tensor | None) -> Tensor:
     tf32 = a.dtype == torch.float32 and allows_tf32()
     key = ("matmul", key_of(a), key_of(b), tf32, c is None)
     runner = planned(key, lambda: _plan(problem_of(a, b, a.dtype, tf32, c is not None), a.device))
-    out = a.new_empty((*a.shape[:-1], b.shape[-1]))
+    out = new_dense(a, (*a.shape[:-1], b.shape[-1]))
     runner(a, b, c, out)
     return out
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from bicompile.lowering.gpu.launch import INTERPRETED, Launch, key_of, on_device, planned
+from bicompile.lowering.gpu.launch import INTERPRETED, Launch, key_of, new_dense, on_device, planned
 from bicompile.lowering.gpu.rows import (
     Cut,
     compute_dtype,
@@ -140,6 +140,6 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, round_first: bool) ->
         return lambda x, weight, out: run(x.contiguous(), weight, out)
 
     key = ("rms_norm", eps, round_first, key_of(x), None if weight is None else key_of(weight))
-    out = x.new_empty(x.shape)
+    out = new_dense(x, x.shape)
     planned(key, build)(x, weight, out)
     return out

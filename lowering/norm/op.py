@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bicompile.lowering.gpu.launch import checked
 from bicompile.lowering.reduction.op import check_floating
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -145,14 +146,18 @@ def _(x: Tensor, weight: Tensor | None, eps: float, round_first: bool) -> Tensor
 # -- CUDA: the kernels are imported at the first call, because importing the op must not import triton.
 
 
+def _check_layer_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, bias: Tensor | None) -> None:
+    _check_dtypes("layer_norm", x=x, weight=weight, bias=bias)
+    _check_normalized_dims("layer_norm", x, normalized_dims)
+    _check_sizes("layer_norm", x.shape[x.dim() - normalized_dims :], weight=weight, bias=bias)
+
+
 def _layer_norm_cuda(
     x: Tensor, normalized_dims: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .gpu import layer_norm
 
-    _check_dtypes("layer_norm", x=x, weight=weight, bias=bias)
-    _check_normalized_dims("layer_norm", x, normalized_dims)
-    _check_sizes("layer_norm", x.shape[x.dim() - normalized_dims :], weight=weight, bias=bias)
+    checked(_check_layer_norm, x, normalized_dims, weight, bias)
     return layer_norm(x, normalized_dims, weight, bias, eps)
 
 
@@ -221,12 +226,16 @@ def _group_norm_backward_params_cuda(
     return group_norm_backward_params(grad, x, groups, mean, rstd, dtype)
 
 
-def _rms_norm_cuda(x: Tensor, weight: Tensor | None, eps: float, round_first: bool) -> Tensor:
-    from .gpu_rms import rms_norm
-
+def _check_rms_norm(x: Tensor, weight: Tensor | None) -> None:
     _check_dtypes("rms_norm", x=x, weight=weight)
     _check_normalized_dims("rms_norm", x, 1)
     _check_sizes("rms_norm", x.shape[-1:], weight=weight)
+
+
+def _rms_norm_cuda(x: Tensor, weight: Tensor | None, eps: float, round_first: bool) -> Tensor:
+    from .gpu_rms import rms_norm
+
+    checked(_check_rms_norm, x, weight)
     return rms_norm(x, weight, eps, round_first)
 
 

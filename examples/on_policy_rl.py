@@ -2,7 +2,7 @@
 
     python examples/on_policy_rl.py                                 # two minutes on two cores
     python examples/on_policy_rl.py --steps 300 --write --plot rl.png
-    python examples/on_policy_rl.py --device cuda --hidden 512 --layers 8
+    python examples/on_policy_rl.py --device cuda --hidden 2048 --layers 8 --lr 2e-4
 
 A small Llama learns, from rewards alone, to count on from the last digit of its prompt.  ``generate`` samples with a
 cache and left padding, token by token, all prompts in one batch; the trainer recomputes the log-probabilities in one
@@ -120,7 +120,7 @@ def run(mode: str, args: argparse.Namespace) -> Curves:
     if mode == "batch_invariant":
         model.set_attn_implementation("batch_invariant")
         trainer, sampling = torch.compile(model, backend="batch_invariant"), bicompile.eager
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     start = time.perf_counter()
     for step in range(args.steps):
         samples = sample(model, args.rows, step, sampling())
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=16, help="sequences of a micro-batch of the trainer")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--plot", metavar="FILE", help="draw the curves (needs matplotlib)")

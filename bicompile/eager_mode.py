@@ -19,14 +19,14 @@ from torch._C import DispatchKey
 from torch._decomp import decomposition_table as core_decompositions
 from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.utils._pytree import tree_leaves
 
 from .decompositions import decomposition_table
 from .errors import UnsupportedOpError
 from .foreach import one_by_one
-from .interception import InterceptingMode
+from .interception import InterceptingMode, kernel_of
 from .lowering.elementwise.op import PINNED_BINARY, PINNED_UNARY
 from .lowering.gpu.device import unsupported
+from .lowering.matmul.op import FLOATS
 from .passes.op_classes import draws_one_number, exact_by_name, is_view, op_name
 from .passes.pipeline import RULES
 from .passes.rewriting import Replacement, bind
@@ -57,7 +57,10 @@ _CORRECTLY_ROUNDED_ON_GPU = frozenset(
     aten.ne aten.sqrt
     """.split()
 )
+# With an alpha PyTorch's scalar code may contract these, its vector code not.
+_WITH_ALPHA = frozenset("aten.add aten.sub aten.rsub".split())
 # Of equal elements these name any on a GPU, so none runs as it is there: topk and sort are lowered, others refused.
+_FIRST_OF_EQUAL = frozenset([aten.max.default, aten.max.dim, aten.min.default, aten.min.dim])
 _FREE_TIES = frozenset("aten.kthvalue aten.median aten.mode aten.nanmedian aten.sort aten.topk".split())
 
 # What to do instead of an op that is refused.
@@ -109,17 +112,19 @@ class _LoweringMode(InterceptingMode):
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             return self._refuse(func, args, kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        _check_devices(tensors)
-        on_gpu = any(x.is_cuda for x in tensors)
+        tensors = _tensors(args) + _tensors(kwargs.values()) if kwargs else _tensors(args)
+        on_gpu = _on_gpu(tensors)
+        plain = len(args) == 2 and not kwargs
+        rounds = _rounds_correctly(func, on_gpu, plain) and not any(x.is_complex() for x in tensors)
+        if rounds or _is_exact(func, on_gpu):  # most calls: whatever is asked before this, is asked for each of them
+            with no_python_dispatcher():
+                return func(*args, **kwargs)
         if torch.is_inference_mode_enabled() and _is_composite(func, on_gpu):  # else autograd takes them apart
             with self:
                 return func.decompose(*args, **kwargs)
         if (better := ordered(func, args, kwargs)) is not None:
             args, kwargs = better, {}
-        if func.namespace == "bicompile" or _runs_as_it_is(func, args, kwargs, on_gpu):
-            if func.namespace != "_c10d_functional":
-                return func(*args, **kwargs)
+        if _runs_as_it_is(func, args, kwargs, tensors, on_gpu):
             with no_python_dispatcher():  # a thread that communicates would have it, and wait for this one
                 return func(*args, **kwargs)
         if any(x.is_nested for x in tensors):
@@ -160,7 +165,7 @@ class _LoweringMode(InterceptingMode):
 
     def _refuse(self, func: OpOverload | HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self._allow & {op_name(func), str(func)}:
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            tensors = _tensors((args, kwargs))
             advice = _WAYS_OUT.get(op_name(func), "Rewrite it with supported ops")
             if any(x.is_nested for x in tensors):
                 advice = "Pad the nested tensor and mask the padding"
@@ -173,6 +178,44 @@ class _LoweringMode(InterceptingMode):
                 raise UnsupportedOpError(message)
             warnings.warn(message, stacklevel=3)
         return func(*args, **kwargs)
+
+
+@kernel_of(aten.linear.default)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer: PyTorch takes one apart into four ops or more, each of which comes through the mode.
+
+    Those are for what is differentiated, traced, watched by another mode, or no plain tensor.
+    """
+    given = [x, weight] if bias is None else [x, weight, bias]
+    if not (
+        _alone()
+        and all(type(t) in (Tensor, torch.nn.Parameter) and not t.is_nested for t in given)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+        and x.dtype in FLOATS
+        and all(t.dtype == x.dtype and t.device == x.device for t in given)
+        and [t.dim() for t in given[1:]] == [2, 1][: len(given) - 1]
+        and x.dim() > 0
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape[0] == weight.shape[0])
+        and not x.is_meta
+    ):
+        return aten.linear.default._op_dk(DispatchKey.CompositeImplicitAutograd, x, weight, bias)
+    _on_gpu(given)
+    with no_python_dispatcher(), torch._C._DisableTorchDispatch(), torch._C._AutoDispatchBelowAutograd():
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        columns = weight.t()
+        product = bicompile.mm(rows, columns) if bias is None else bicompile.addmm(bias, rows, columns, 1.0, 1.0)
+        return product.view(*x.shape[:-1], weight.shape[0])
+
+
+def _alone() -> bool:
+    """Whether ``eager()`` is the only mode here, and no transform of torch.func is."""
+    modes = torch._C._len_torch_dispatch_stack()
+    return (
+        modes == 1
+        and isinstance(torch._C._get_dispatch_stack_at(0), _LoweringMode)
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 @functools.cache
@@ -193,32 +236,82 @@ def _always_draws(func: OpOverload) -> bool:
 _unsupported = functools.cache(unsupported)
 
 
-def _check_devices(tensors: list[Tensor]) -> None:
-    """Refuse a device for which there are no lowerings."""
-    for device in {x.device for x in tensors if x.device.type != "meta"}:
-        if reason := _unsupported(device):
-            raise UnsupportedOpError(f"bicompile.eager(): a tensor is on {device}: {reason}")
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among arguments, and in lists of them; PyTorch's own walk takes longer than many an op."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+        elif isinstance(value, dict):
+            found += _tensors(value.values())
+    return found
 
 
-def _runs_as_it_is(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], on_gpu: bool) -> bool:
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+def _on_gpu(tensors: list[Tensor]) -> bool:
+    """Whether one of them is on a GPU.
+
+    Raises:
+        UnsupportedOpError: one is on a device for which there are no lowerings.
+    """
+    found = False
+    for x in tensors:
+        if not (x.is_cpu or x.is_meta):
+            if reason := _unsupported(x.device):
+                raise UnsupportedOpError(f"bicompile.eager(): a tensor is on {x.device}: {reason}")
+            found = True
+    return found
+
+
+@functools.cache
+def _is_exact(func: OpOverload, on_gpu: bool) -> bool:
+    """Whether the op is ours, or moves, compares or selects values, whatever its arguments."""
+    if func.namespace == "bicompile":
+        return True
+    return not _looks_at_arguments(func, on_gpu) and (
+        exact_by_name(func) or is_view(func) or torch.Tag.inplace_view in func.tags
+    )
+
+
+@functools.cache
+def _rounds_correctly(func: OpOverload, on_gpu: bool, plain: bool) -> bool:
+    """Whether the op is one correctly rounded operation for each real element; if ``plain``, of its two arguments."""
+    if _looks_at_arguments(func, on_gpu) or torch.Tag.nondeterministic_seeded in func.tags:
+        return False
+    name = _arithmetic_name(func)
+    known = _CORRECTLY_ROUNDED_ON_GPU if on_gpu else _CORRECTLY_ROUNDED
+    return name in known or (plain and name in _WITH_ALPHA)
+
+
+def _looks_at_arguments(func: OpOverload, on_gpu: bool) -> bool:
+    """Whether it depends on the arguments what an otherwise exact op does with elements that are equal, or written to
+    one place."""
+    return func in WRITES or (on_gpu and (func in _FIRST_OF_EQUAL or op_name(func) in _FREE_TIES))
+
+
+def _arithmetic_name(func: OpOverload) -> str:
+    """``aten.add`` for ``aten.add_.Tensor`` and ``prims.add.default``."""
+    return op_name(func).replace("prims.", "aten.").rstrip("_")
+
+
+def _runs_as_it_is(
+    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor], on_gpu: bool
+) -> bool:
+    """Whether the op is exact or correctly rounded for these arguments."""
     real = any(t.is_floating_point() or t.is_complex() for t in tensors)
-    if on_gpu and real and func in (aten.max.default, aten.max.dim, aten.min.default, aten.min.dim):
-        return False  # of 0.0 and -0.0 either, where compiled code takes a certain one
+    if on_gpu and func in _FIRST_OF_EQUAL:
+        return not real  # of 0.0 and -0.0 either, where compiled code takes a certain one
     if on_gpu and op_name(func) in _FREE_TIES and func not in (aten.median.default, aten.nanmedian.default):
         return bool(kwargs.get("stable"))
     if func in WRITES:  # whose arguments are ordered
         return not bind(func, args, kwargs).get("accumulate")
-    if exact_by_name(func) or is_view(func) or torch.Tag.inplace_view in func.tags:
-        return True
     if torch.Tag.nondeterministic_seeded in func.tags:
         return draws_one_number(func, args)
-    name = op_name(func).replace("prims.", "aten.").rstrip("_")
     if any(t.is_complex() for t in tensors):
         return False
-    if name in (_CORRECTLY_ROUNDED_ON_GPU if on_gpu else _CORRECTLY_ROUNDED):
-        return True
-    if name in ("aten.add", "aten.sub", "aten.rsub"):  # with alpha PyTorch's scalar code may contract, vector code not
+    name = _arithmetic_name(func)
+    if name in _WITH_ALPHA:
         return bind(func, args, kwargs).get("alpha", 1) == 1
     if on_gpu and name == "aten.div":  # by a number, PyTorch multiplies by the reciprocal
         return len(args) == 2 and all(isinstance(x, Tensor) and x.is_cuda and x.is_floating_point() for x in args)
@@ -279,14 +372,16 @@ def _pinned(target: Callable[..., Tensor], operands: tuple[Any, ...], name: str)
     # A number is not rounded to a half precision: compiled code holds it in float32, where the function is computed.
     wide = torch.promote_types(dtype, torch.float32)
     tensors = [torch.as_tensor(x, dtype=dtype if isinstance(x, Tensor) else wide, device=device) for x in operands]
-    return target(*torch.broadcast_tensors(*tensors), name)
+    if any(x.shape != tensors[0].shape for x in tensors):
+        tensors = list(torch.broadcast_tensors(*tensors))
+    return target(*tensors, name)
 
 
 def _elementwise_on_gpu(func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An elementwise op by a compiled kernel of its own, or None for any other op."""
     from .lowering.elementwise.gpu import compiled
 
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = _tensors((args, kwargs))
     if torch.Tag.pointwise not in func.tags or torch.Tag.nondeterministic_seeded in func.tags:
         return None
     if not tensors or any(x.is_complex() for x in tensors):

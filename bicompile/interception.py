@@ -61,7 +61,7 @@ class InterceptingMode(TorchDispatchMode):
     """A dispatch mode inside which they go to our lowerings."""
 
 
-def _kernel_of(op: OpOverload) -> Callable[[Callable[..., Any]], None]:
+def kernel_of(op: OpOverload) -> Callable[[Callable[..., Any]], None]:
     """Make a function the op's Python kernel.  Dynamo, which may run the code that calls the op, must not trace it."""
 
     def register(kernel: Callable[..., Any]) -> None:
@@ -70,14 +70,14 @@ def _kernel_of(op: OpOverload) -> Callable[[Callable[..., Any]], None]:
     return register
 
 
-@_kernel_of(_SDPA)
+@kernel_of(_SDPA)
 def _attention(*args: Any, **kwargs: Any) -> Any:
     if is_intercepting():
         return scaled_dot_product_attention(*args, **kwargs)
     return _SDPA._op_dk(_COMPOSITE, *args, **kwargs)
 
 
-@_kernel_of(_CROSS_ENTROPY)
+@kernel_of(_CROSS_ENTROPY)
 def _cross_entropy(*args: Any, **kwargs: Any) -> Any:
     # torch.func's transforms, vmap above all, know PyTorch's own parts only.
     if is_intercepting() and torch._C._functorch.peek_interpreter_stack() is None:
@@ -89,7 +89,7 @@ def _cross_entropy(*args: Any, **kwargs: Any) -> Any:
 def _of_rows(op: OpOverload, ours: Callable[[Tensor, float, bool], Tensor]) -> None:
     """Make a form of dropout, or its in-place twin, ours while the context is open."""
 
-    @_kernel_of(op)
+    @kernel_of(op)
     def _(x: Tensor, p: float, train: bool) -> Any:
         if not (is_intercepting() and x.is_floating_point()):
             return op._op_dk(_COMPOSITE, x, p, train)
@@ -112,7 +112,7 @@ def _recurrent(op: OpOverload, ours: Callable[..., Any]) -> None:
     stock = op.py_kernels.pop(_COMPOSITE, None) or functools.partial(op._op_dk, _COMPOSITE)
     op.py_kernels.pop(DispatchKey.Autograd, None)  # the same function; without it, autograd asks for the composite
 
-    @_kernel_of(op)
+    @kernel_of(op)
     def _(*args: Any, **kwargs: Any) -> Any:
         return (ours if is_intercepting() else stock)(*args, **kwargs)
 
@@ -124,7 +124,7 @@ for _op, _form in RECURRENT.items():
 def _of_contiguous(op: OpOverload) -> None:
     """Give ``op`` a contiguous matrix while the context is open."""
 
-    @_kernel_of(op)
+    @kernel_of(op)
     def _(matrix: Tensor) -> Any:
         matrix = matrix.contiguous() if is_intercepting() else matrix
         return op._op_dk(_COMPOSITE, matrix)

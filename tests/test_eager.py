@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import threading
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 import bicompile
-from bicompile.eager_mode import _is_composite
+from bicompile.eager_mode import _is_composite, _LoweringMode
 from bicompile.errors import UnsupportedOpError
 from bicompile.lowering.elementwise.gpu import compiled
 from bicompile.testing import same_bits
@@ -181,6 +183,59 @@ def test_parts_that_pytorch_takes_an_op_into_are_known():
         torch.testing.assert_close(torch.lerp(x, x[:1], weight), x + weight * (x[:1] - x))
         with pytest.raises(bicompile.UnsupportedOpError, match="aten.bernoulli"):
             torch.empty_like(x).bernoulli_()  # an in-place op with a default that its functional form lacks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("shape", [(64,), (0, 64), (5, 64), (2, 5, 64), (2, 0, 3, 64)], ids=str)
+def test_linear_layer_is_one_op_with_the_bits_of_its_parts(shape, bias, dtype):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 48, bias=bias).to(dtype), torch.randn(*shape, 2, dtype=dtype)[..., 0]
+    seen, wholes, dispatch = set(), [], _LoweringMode.__torch_dispatch__
+
+    def watch(self, func, *rest):
+        seen.add(func)
+        return dispatch(self, func, *rest)
+
+    with bicompile.eager():
+        parts = layer(x).detach()  # weights that are learnt: in autograd's parts
+        with mock.patch.object(_LoweringMode, "__torch_dispatch__", watch):
+            for context in (torch.no_grad(), torch.inference_mode()):
+                with context:
+                    wholes.append(layer(x))
+    assert all(same_bits(whole, parts) for whole in wholes)
+    assert seen <= {aten.linear.default}  # which inference mode does not take apart before
+    assert parts.shape == (*shape[:-1], 48)
+
+
+def test_linear_layer_in_parts_for_transforms_and_other_modes():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 5, 64), torch.randn(48, 64)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with bicompile.eager():
+        whole = F.linear(x, weight)
+        assert same_bits(torch.func.vmap(lambda rows: F.linear(rows, weight))(x), whole)
+        with Watch():
+            assert same_bits(F.linear(x, weight), whole)
+    assert aten.mm.default in seen
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(torch.ones(2, 3), torch.ones(4, 5)), (torch.ones(2, 3), torch.ones(4, 3).double())],
+    ids=["sizes", "dtypes"],
+)
+def test_linear_layer_that_pytorch_refuses_is_refused(arguments):
+    with pytest.raises(RuntimeError) as stock:
+        F.linear(*arguments)
+    with bicompile.eager(), pytest.raises(type(stock.value)):
+        F.linear(*arguments)
 
 
 def test_unproven_op_is_refused_unless_allowed():

@@ -7,12 +7,14 @@ With the numerics that the backend pins, an element has the bits that it would h
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import no_python_dispatcher
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map_only
@@ -27,7 +29,7 @@ _BINARY = {
     "remainder": aten.remainder.Tensor,
 }
 _HALVES = (torch.bfloat16, torch.float16)
-_COMPILED: dict[Any, Callable[..., Any]] = {}
+_COMPILED: dict[Any, _Function] = {}
 
 
 def compiled(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -38,27 +40,35 @@ def compiled(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     Raises:
         UnsupportedOpError: the backend refuses the op.
     """
-    tensors = {place: x for place, x in enumerate([*args, *kwargs.values()]) if isinstance(x, Tensor)}
-    shape = torch.broadcast_shapes(*(x.shape for x in tensors.values()))
+    values = (*args, *kwargs.values())
+    tensors = [x for x in values if isinstance(x, Tensor)]
+    wide = [x for x in tensors if x.dim()]  # a 0-d tensor stays one: it takes a lesser part in type promotion
+    shape = wide[0].shape if wide else torch.Size()
+    if any(x.shape != shape for x in wide):
+        shape = torch.broadcast_shapes(*(x.shape for x in wide))
     if shape.numel() == 0:
         return op(*args, **kwargs)
-    # A 0-d tensor stays one: it takes a lesser part in type promotion.
-    wide = {place: x for place, x in tensors.items() if x.dim()}
-    strides = _common_strides(shape, list(wide.values()))
-    flat = dict(tensors)
-    for place, x in wide.items():
-        flat[place] = (
-            x.expand(shape).reshape(-1).contiguous() if strides is None else x.as_strided((shape.numel(),), (1,))
-        )
-    given = [x.detach() for x in flat.values()]
-    for x in given:
-        if x.dim() and len(x) > 1:  # Dynamo compiles for the one size 1 by itself
-            torch._dynamo.mark_dynamic(x, 0)
-    with _disable_current_modes(), torch.no_grad():
-        result = _function(op, args, kwargs, flat)(*given)
+    strides = _common_strides(shape, wide)
+    function = _function(op, len(args), tuple(kwargs), values)
+    modes = _disable_current_modes() if torch._C._len_torch_dispatch_stack() else contextlib.nullcontext()
+    with modes, no_python_dispatcher(), torch.no_grad():
+        given = [_flat(x, shape, strides) if x.dim() else x.detach() for x in tensors]
+        result = function(*given)
+        if isinstance(result, Tensor):
+            return _shaped(result, shape, strides)
+        return tree_map_only(Tensor, lambda x: _shaped(x, shape, strides), result)
+
+
+def _flat(x: Tensor, shape: torch.Size, strides: tuple[int, ...] | None) -> Tensor:
+    """``x``, broadcast to ``shape``, in one dim: where all have ``strides``, as it lies in memory."""
     if strides is None:
-        return tree_map_only(Tensor, lambda x: x.view(shape), result)
-    return tree_map_only(Tensor, lambda x: x.as_strided(shape, strides), result)
+        return x.expand(shape).reshape(-1).contiguous()
+    return x.as_strided((shape.numel(),), (1,))
+
+
+def _shaped(flat: Tensor, shape: torch.Size, strides: tuple[int, ...] | None) -> Tensor:
+    """What ``_flat`` undoes."""
+    return flat.view(shape) if strides is None else flat.as_strided(shape, strides)
 
 
 def unary(x: Tensor, name: str) -> Tensor:
@@ -80,15 +90,35 @@ def binary(a: Tensor, b: Tensor, name: str) -> Tensor:
     return compiled(_BINARY[name], (a, b), {}).to(b.dtype if b.dtype in _HALVES else a.dtype)
 
 
-def _function(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: dict[int, Tensor]) -> Any:
-    """A compiled function of the tensors alone; all else is constant in it."""
-    constants = [None if place in tensors else x for place, x in enumerate([*args, *kwargs.values()])]
+class _Function:
+    """A compiled function of tensors of one dim or none: one graph for every size above 1."""
+
+    def __init__(self, call: Callable[..., Any], name: str) -> None:
+        # Dynamo counts recompilations by code object, so each function gets one of its own.  Not dynamic=True, which
+        # would make unknowns of the constants: a square would become a power.
+        code = call.__code__.replace(co_name=name)
+        own = types.FunctionType(code, call.__globals__, None, None, call.__closure__)
+        self._compiled = torch.compile(own, backend="batch_invariant", fullgraph=True)
+        self._is_dynamic = False
+
+    def __call__(self, *given: Tensor) -> Any:
+        if not self._is_dynamic:
+            for x in given:
+                if x.dim() and len(x) > 1:  # Dynamo compiles for the one size 1 by itself
+                    torch._dynamo.mark_dynamic(x, 0)
+                    self._is_dynamic = True
+        return self._compiled(*given)
+
+
+def _function(op: OpOverload, positional: int, names: tuple[str, ...], values: tuple[Any, ...]) -> _Function:
+    """A compiled function of the tensors among ``values`` alone; all else is constant in it."""
+    constants = [None if isinstance(x, Tensor) else x for x in values]
     # repr tells 1 from 1.0 and 0.0 from -0.0
-    layout = tuple((place, x.dtype, x.device, x.dim()) for place, x in tensors.items())
-    key = (op, layout, len(args), tuple(kwargs), repr(constants))
+    layout = tuple((x.dtype, x.device, x.dim() > 0) if isinstance(x, Tensor) else None for x in values)
+    key = (op, layout, names, repr(constants))
     if (found := _COMPILED.get(key)) is not None:
         return found
-    places, names = list(tensors), list(kwargs)
+    places = [place for place, x in enumerate(values) if isinstance(x, Tensor)]
 
     def call(*given: Tensor) -> Any:
         if not torch.compiler.is_compiling():
@@ -99,13 +129,9 @@ def _function(op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], ten
         values = list(constants)
         for place, x in zip(places, given, strict=True):
             values[place] = x
-        count = len(values) - len(names)
-        return op(*values[:count], **dict(zip(names, values[count:], strict=True)))
+        return op(*values[:positional], **dict(zip(names, values[positional:], strict=True)))
 
-    # Dynamo counts recompilations by code object, so each function gets one of its own.  Not dynamic=True, which would
-    # make unknowns of the constants: a square would become a power.
-    own = types.FunctionType(call.__code__.replace(co_name=op._opname), call.__globals__, None, None, call.__closure__)
-    _COMPILED[key] = torch.compile(own, backend="batch_invariant", fullgraph=True)
+    _COMPILED[key] = _Function(call, op._opname)
     return _COMPILED[key]
 
 

@@ -58,14 +58,34 @@ class Image(NamedTuple):
 
     def columns(self, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], across: bool) -> Tensor:
         """The windows as ``bicompile::windows`` has them, on the CPU."""
-        if not (across or self.has_zeros) and all(n == 1 for n in (*kernel, *strides)):
+        if self._is_columns(kernel, strides, across):
             return self.x.contiguous().flatten(2)
+        x, numbers = self._numbers(kernel, strides, dilations)
+        return torch.ops.bicompile.windows(x, *numbers, across)
+
+    def product(
+        self, factors: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], across: bool
+    ) -> Tensor:
+        """``factors`` times the windows as ``bicompile::mm_windows`` has it, on the CPU."""
+        if self._is_columns(kernel, strides, across):
+            x = self.x.contiguous().flatten(2)
+            return torch.bmm(factors.expand(x.shape[0], *factors.shape[1:]), x)
+        x, numbers = self._numbers(kernel, strides, dilations)
+        return torch.ops.bicompile.mm_windows(factors.contiguous(), x, *numbers, across)
+
+    def _is_columns(self, kernel: Sequence[int], strides: Sequence[int], across: bool) -> bool:
+        """Whether each element is a window, and they lie as the windows would."""
+        return not (across or self.has_zeros) and all(n == 1 for n in (*kernel, *strides))
+
+    def _numbers(
+        self, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+    ) -> tuple[Tensor, list[list[int]]]:
+        """The tensor and the numbers that the kernels for windows take."""
         x, before, after, between = self
         if not self.has_kernel:
             none, ones = [0] * len(kernel), [1] * len(kernel)
             x, before, after, between = self.written_out(), none, none, ones
-        numbers = (list(each) for each in (kernel, strides, dilations, before, after, between))
-        return torch.ops.bicompile.windows(x.contiguous(), *numbers, across)
+        return x.contiguous(), [list(each) for each in (kernel, strides, dilations, before, after, between)]
 
 
 def padded(x: Tensor, before: Sequence[Any], after: Sequence[Any]) -> Tensor:

@@ -109,12 +109,12 @@ def _products_of_windows(
     Windows are the columns, so that a product is laid out as its result: that of a sample, or, where there are so few
     positions that the factors would be read too often, that of all samples side by side.
     """
-    (groups, outputs, terms), samples, count = factors.shape, image.x.shape[0], math.prod(positions)
-    if groups == 1 and isinstance(count, int) and count >= _MANY_POSITIONS:
-        columns = image.columns(kernel, strides, dilations, across=False)
-        return torch.bmm(factors.expand(samples, outputs, terms), columns).view(samples, outputs, *positions)
-    columns = image.columns(kernel, strides, dilations, across=True).view(groups, terms, samples * count)
-    return _matmul(factors, columns).reshape(groups * outputs, samples, *positions).transpose(0, 1)
+    (groups, outputs, _), samples, count = factors.shape, image.x.shape[0], math.prod(positions)
+    across = groups > 1 or not (isinstance(count, int) and count >= _MANY_POSITIONS)
+    y = image.product(factors, kernel, strides, dilations, across)
+    if not across:
+        return y.view(samples, outputs, *positions)
+    return y.reshape(groups * outputs, samples, *positions).transpose(0, 1)
 
 
 def _convolve_depthwise(x: Tensor, weight: Tensor, strides: Sequence[int], dilations: Sequence[int]) -> Tensor:

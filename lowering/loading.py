@@ -40,7 +40,7 @@ KERNELS = {
     "attention": ("sdpa",),
     "attention_backward": ("sdpa_backward",),
     "elementwise": ("unary", "binary"),
-    "matmul": ("mm", "mm_continued", "bmm", "addmm", "baddbmm"),
+    "matmul": ("mm", "mm_continued", "mm_windows", "bmm", "addmm", "baddbmm"),
     "norm": tuple(
         f"{kind}_norm{part}" for kind in ("layer", "group") for part in ("", "_backward", "_backward_params")
     ),
@@ -147,6 +147,8 @@ def _cases() -> Iterator[tuple[str, str, Callable[[], Any], Callable[[], Any]]]:
         yield case("cumsum", ours.cumsum.default, scan.cumsum, x, 1, dtype)
         yield case("index_add", ours.index_add.default, scatter.index_add, x[:2], 0, index, x, 1.0)
         yield case("windows", ours.windows.default, windows.windows, x.view(1, 3, 7, 11), *_WINDOWS)
+        factors = draw(3, 2, 6, dtype=dtype)
+        yield case("mm_windows", ours.mm_windows.default, _mm_windows, factors, x.view(1, 3, 7, 11), *_WINDOWS)
         yield case("exp", ours.unary.default, _one_by_one, x, "exp")
 
 
@@ -158,6 +160,10 @@ def _in_pieces(a: Tensor, b: Tensor) -> tuple[Callable[[], Any], Callable[[], An
         return continued(continued(None, a[:, :cut], b[:cut]), a[:, cut:], b[cut:]).to(a.dtype)
 
     return ours, lambda: matmul.mm(a, b)
+
+
+def _mm_windows(factors: Tensor, x: Tensor, *how: Any) -> Tensor:
+    return matmul.bmm(factors, windows.windows(x, *how).view(factors.shape[0], factors.shape[2], -1))
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:

@@ -146,6 +146,7 @@ def _matrices(dims: tuple[int, ...]) -> Callable[[dict[str, Any]], list[Any]]:
 
 _EXTENTS: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
     **{f"bicompile.{name}": _inner for name in "mm mm_continued bmm addmm baddbmm grouped_mm scaled_mm".split()},
+    "bicompile.mm_windows": lambda args: [_shape(args["factors"])[-1]],
     **{
         f"bicompile.{name}": _over_dims
         for name in (

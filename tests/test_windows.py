@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 
 import pytest
 import torch
@@ -51,6 +53,92 @@ def test_windows_are_those_of_views(name: str, across: bool):
             assert found.is_contiguous() and same_bits(found, reference(x, *how, across))
         fake = torch.ops.bicompile.windows(x.to("meta"), *how, across)
         assert fake.shape == found.shape and fake.dtype == dtype
+
+
+def written_out(factors: Tensor, x: Tensor, *how: object) -> Tensor:
+    """``mm_windows`` by windows that are written out."""
+    columns = torch.ops.bicompile.windows(x, *how)
+    if how[-1]:
+        return torch.ops.bicompile.bmm(factors, columns.view(factors.shape[0], factors.shape[2], columns.shape[1]))
+    return torch.ops.bicompile.bmm(factors.expand(len(columns), *factors.shape[1:]), columns)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("name", CASES)
+def test_products_are_those_of_windows_written_out(name: str, across: bool, groups: int):
+    shape, *how = CASES[name]
+    if shape[1] % groups or (groups > 1 and not across):
+        return
+    terms = shape[1] // groups * math.prod(how[0])
+    for dtype in FLOATS:
+        x = image(shape, dtype)
+        strided = torch.stack([x, x], dim=-1)[..., 0]
+        for rows in (1, 5, 70):
+            factors = torch.randn(groups, rows, terms, generator=torch.Generator().manual_seed(1)).to(dtype)
+            for given in (x, strided):
+                found = torch.ops.bicompile.mm_windows(factors, given, *how, across)
+                assert found.is_contiguous() and same_bits(found, written_out(factors, x, *how, across))
+        fake = torch.ops.bicompile.mm_windows(factors.to("meta"), x.to("meta"), *how, across)
+        assert fake.shape == found.shape and fake.dtype == dtype
+
+
+LARGE = {
+    "tiles of rows and columns": (600, (2, 30, 24, 40), [3, 3], [1, 1], [1, 1]),
+    "two of every three": (40, (2, 70, 13, 61), [3, 5], [2, 3], [0, 2]),
+    "lines longer than a tile": (70, (1, 40, 3, 1100), [2, 3], [1, 1], [1, 1]),
+    "lines of one": (70, (2, 200, 40, 1), [3, 1], [1, 1], [1, 0]),
+}
+
+
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize("name", LARGE)
+def test_large_products_are_those_of_windows_written_out(name: str, across: bool):
+    rows, shape, kernel, stride, padding = LARGE[name]
+    how = (kernel, stride, [1, 1], padding, padding, [1, 1], across)
+    for dtype in FLOATS:
+        x = image(shape, dtype)
+        factors = torch.randn(1, rows, shape[1] * math.prod(kernel), generator=torch.Generator().manual_seed(1)).to(
+            dtype
+        )
+        found = torch.ops.bicompile.mm_windows(factors, x, *how)
+        assert same_bits(found, written_out(factors, x, *how))
+        whole = found if across else found.transpose(0, 1).flatten(1)[None]
+        one = torch.ops.bicompile.mm_windows(factors, x[-1:].contiguous(), *how)[0]
+        assert same_bits(whole[0, :, -one.shape[-1] :].contiguous(), one)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_products_read_no_memory_behind_the_image(stride: int):
+    """The image ends where a page does, and the next one may not be read."""
+    page, libc = mmap.PAGESIZE, ctypes.CDLL(None, use_errno=True)
+    memory = mmap.mmap(-1, 2 * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for dtype in FLOATS:
+        count = 2 * 3 * 5 * 9
+        x = torch.frombuffer(memory, dtype=dtype, count=count, offset=page - count * dtype.itemsize).view(2, 3, 5, 9)
+        x.copy_(torch.randn(x.shape))
+        how = ([3, 3], [stride, stride], [1, 1], [1, 1], [0, 0], [1, 1])
+        factors = torch.randn(1, 7, 27).to(dtype)
+        expected = [written_out(factors, x.clone(), *how, across) for across in (False, True)]
+        assert libc.mprotect(ctypes.c_void_p(start + page), page, 0) == 0
+        try:
+            found = [torch.ops.bicompile.mm_windows(factors, x, *how, across) for across in (False, True)]
+        finally:
+            assert libc.mprotect(ctypes.c_void_p(start + page), page, mmap.PROT_READ | mmap.PROT_WRITE) == 0
+        assert all(map(same_bits, found, expected))
+
+
+def test_products_that_do_not_fit_are_refused():
+    x, how = torch.ones(1, 4, 5, 5), ([3, 3], *_PLAIN)
+    for device in ("cpu", "meta"):
+        for shape, across in (((1, 7, 35), False), ((2, 7, 18), False), ((2, 7, 17), True), ((7, 36), False)):
+            with pytest.raises(RuntimeError, match="bicompile::mm_windows: expected factors"):
+                torch.ops.bicompile.mm_windows(torch.ones(shape, device=device), x.to(device), *how, across)
+        with pytest.raises(RuntimeError, match="bicompile::mm_windows: expected one dtype"):
+            double = torch.ones(1, 7, 36, device=device, dtype=torch.float64)
+            torch.ops.bicompile.mm_windows(double, x.to(device), *how, False)
+    torch.library.opcheck(torch.ops.bicompile.mm_windows.default, (torch.ones(1, 7, 36), x, *how, False))
 
 
 def test_bits_are_copied_as_they_are():

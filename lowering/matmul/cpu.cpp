@@ -1,4 +1,5 @@
-// The matmul family on the CPU: mm, mm_continued, bmm, addmm, baddbmm.  gemm.h computes; here operands are checked and described.
+// The matmul family on the CPU: mm, mm_continued, mm_windows, bmm, addmm, baddbmm.  gemm.h computes; here operands are
+// checked and described.
 #include "gemm.h"
 
 #include <torch/csrc/stable/library.h>
@@ -103,6 +104,46 @@ Tensor mm_continued(const std::optional<Tensor>& sums, const Tensor& a, const Te
   return out;
 }
 
+Tensor mm_windows(const Tensor& factors, const Tensor& x, windows::Ints kernel, windows::Ints stride,
+                  windows::Ints dilation, windows::Ints before, windows::Ints after, windows::Ints between,
+                  bool across) {
+  const char* op = "mm_windows";
+  windows::Image image(op, x, kernel, stride, dilation, before, after, between);
+  STD_TORCH_CHECK(factors.scalar_type() == x.scalar_type(), "bicompile::", op, ": expected one dtype, got ",
+                  name_of(factors.scalar_type()), " and ", name_of(x.scalar_type()), "; convert one of them");
+  const bool fits = factors.dim() == 3 && factors.size(0) * factors.size(2) == x.size(1) * image.taps &&
+                    (across || factors.size(0) == 1);
+  STD_TORCH_CHECK(fits, "bicompile::", op, ": expected factors of [groups, rows, channels of a group * taps], and one ",
+                  "group unless across, got shape ", shape_of(factors), " for ", x.size(1), " channels and ",
+                  image.taps, " taps");
+  const int64_t samples = x.size(0), channels = x.size(1), groups = factors.size(0), rows = factors.size(1);
+  Tensor out = across ? new_tensor({groups, rows, samples * image.positions}, x.scalar_type())
+                      : new_tensor({samples, rows, image.positions}, x.scalar_type());
+  dispatch(op, x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    Product<T> p;
+    p.batch = out.size(0), p.rows = rows, p.columns = out.size(2), p.depth = factors.size(2);
+    p.left = {static_cast<const T*>(factors.data_ptr()), factors.stride(1), factors.stride(2)};
+    p.left_batch_stride = groups > 1 ? factors.stride(0) : 0;
+    const T* data = static_cast<const T*>(x.data_ptr());
+    std::optional<Tensor> phases;
+    if (image.reads_apart()) {
+      phases = new_tensor({samples * channels, image.channel_in_phases()}, x.scalar_type());
+      T* to = static_cast<T*>(phases->data_ptr());
+      parallel_tasks(samples * channels, phases->numel(), [&](int64_t task) {
+        const T* channel = data + task / channels * image.sample_step + task % channels * image.channel_step;
+        image.write_phases(channel, to + task * image.channel_in_phases());
+      });
+      image = image.in_phases(samples, channels), data = to;
+    }
+    p.right = {data, 0, 0, &image, data + image.extent};
+    p.right_batch_stride = across ? p.depth / image.taps * image.channel_step : image.sample_step;
+    p.out = static_cast<T*>(out.data_ptr());
+    matmul::multiply(p);
+  });
+  return out;
+}
+
 Tensor bmm(const Tensor& a, const Tensor& b) { return multiply("bmm", a, b, 3); }
 Tensor addmm(const Tensor& c, const Tensor& a, const Tensor& b, double beta, double alpha) {
   return multiply_add("addmm", c, a, b, beta, alpha, 2);
@@ -116,6 +157,7 @@ Tensor baddbmm(const Tensor& c, const Tensor& a, const Tensor& b, double beta, d
 STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
   m.impl("mm", TORCH_BOX(&mm));
   m.impl("mm_continued", TORCH_BOX(&mm_continued));
+  m.impl("mm_windows", TORCH_BOX(&mm_windows));
   m.impl("bmm", TORCH_BOX(&bmm));
   m.impl("addmm", TORCH_BOX(&addmm));
   m.impl("baddbmm", TORCH_BOX(&baddbmm));

@@ -31,6 +31,8 @@ struct Product {
   // Where the sums go as they are, contiguous, in the place of `out`: for a product whose k's come in pieces.
   typename Pack<T>::Element* kept = nullptr;
   bool continued = false;  // `kept` holds the sums of the blocks before
+
+  int64_t left_batches() const { return left_batch_stride == 0 ? 1 : batch; }  // different ones
 };
 
 // How the work is cut up.  None of it can be seen in the bits.
@@ -71,7 +73,7 @@ Schedule schedule_for(const Product<T>& p) {
   const bool along = p.right.k_stride == 1;
   Schedule s;
   s.stream = p.rows <= kStreamRows && (along || p.right.line_stride == 1) && p.kept == nullptr;
-  s.share_left = s.stream || (p.batch == 1 && p.rows * p.depth <= kSharedSize);
+  s.share_left = s.stream || (p.left_batches() == 1 && p.rows * p.depth <= kSharedSize);
   s.share_right = false;
   const int64_t width = s.stream ? Pack<T>::kLanes : panel_width<T>(p.rows);
   const int64_t panels = (p.columns + width - 1) / width;
@@ -180,7 +182,7 @@ struct Tile {
 
 template <class T>
 Operand<T> of_batch(const Operand<T>& x, int64_t offset) {
-  return {x.data + offset, x.line_stride, x.k_stride};
+  return {x.data + offset, x.line_stride, x.k_stride, x.image, x.end};
 }
 
 // Memory that will be read soon, asked for a part at a time while the processor multiplies.
@@ -349,10 +351,10 @@ void run(const Product<T>& p) {
   const int64_t packed_size = std::max<int64_t>(1, (p.depth + kBlock - 1) / kBlock) * block_stride;
   Element* shared_left = nullptr;
   if (s.share_left) {
-    shared_left = scratch<LeftTag, Element>(p.batch * packed_size);
+    shared_left = scratch<LeftTag, Element>(p.left_batches() * packed_size);
     const int64_t blocks = packed_size / block_stride;
     const int64_t parts = (p.rows + kPackRows - 1) / kPackRows;
-    parallel_tasks(p.batch * blocks * parts, p.batch * p.rows * p.depth, [&](int64_t task) {
+    parallel_tasks(p.left_batches() * blocks * parts, p.left_batches() * p.rows * p.depth, [&](int64_t task) {
       const int64_t batch = task / parts / blocks, k = task / parts % blocks * kBlock, row = task % parts * kPackRows;
       const Operand<T> left = of_batch(p.left, batch * p.left_batch_stride);
       const int rows = int(std::min(kPackRows, p.rows - row)), depth_k = int(std::min<int64_t>(kBlock, p.depth - k));
@@ -387,7 +389,7 @@ void run(const Product<T>& p) {
     t.column = task / row_tiles % column_tiles * s.tile_columns;
     t.columns = std::min(s.tile_columns, p.columns - t.column);
     t.batch = task / row_tiles / column_tiles;
-    const Element* left = shared_left ? shared_left + t.batch * packed_size : nullptr;
+    const Element* left = shared_left ? shared_left + t.batch % p.left_batches() * packed_size : nullptr;
     const Element* right = shared_right ? shared_right + t.batch * right_size : nullptr;
     if (s.stream) {
       stream_task<T, by>(p, s, left, t);

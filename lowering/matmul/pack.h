@@ -5,15 +5,19 @@
 #pragma once
 
 #include "micro.h"
+#include "windows/image.h"
 
 namespace bicompile::matmul {
 
-// One operand: element (line, k) lies at data[line * line_stride + k * k_stride].
+// One operand: element (line, k) lies at data[line * line_stride + k * k_stride], or, of a right one, is row k of
+// window `line` of an image at `data`; then there are no strides.
 template <class T>
 struct Operand {
   const T* data;
   int64_t line_stride;
   int64_t k_stride;
+  const windows::Image* image = nullptr;
+  const T* end = nullptr;  // of the image
   const T* at(int64_t line, int64_t k) const { return data + line * line_stride + k * k_stride; }
 };
 
@@ -225,6 +229,10 @@ void pack_rows(const Operand<T>& x, int64_t line, int count, int64_t k, int dept
   }
 }
 
+template <class T>
+void pack_windows(const Operand<T>& x, int64_t line, int64_t count, int64_t k, int depth_k, int width,
+                  int64_t panel_stride, typename Pack<T>::Element* __restrict to);
+
 // Lines [line, line + count), k's [k, k + depth_k), as columns in panels of `width`, a multiple of kLanes:
 // to[i / width * panel_stride + element * width + i % width].  Columns beyond `count` hold anything.
 template <class T>
@@ -232,6 +240,7 @@ void pack_columns(const Operand<T>& x, int64_t line, int64_t count, int64_t k, i
                   int64_t panel_stride, typename Pack<T>::Element* __restrict to) {
   using P = Pack<T>;
   constexpr int kStep = P::kLanes * P::kPair;
+  if (x.image != nullptr) return pack_windows(x, line, count, k, depth_k, width, panel_stride, to);
   if (x.k_stride == 1) {
     for (int64_t i = 0; i < count; i += P::kLanes) {
       auto* column = to + i / width * panel_stride + i % width;
@@ -267,6 +276,23 @@ void pack_columns(const Operand<T>& x, int64_t line, int64_t count, int64_t k, i
         store(column, gather_across(from, x.line_stride, lanes, x.k_stride, odd));
       }
     }
+  }
+}
+
+// The same of an image's windows: a few rows of them at a time are written out, and are still in L1 when they are packed.
+template <class T>
+void pack_windows(const Operand<T>& x, int64_t line, int64_t count, int64_t k, int depth_k, int width,
+                  int64_t panel_stride, typename Pack<T>::Element* __restrict to) {
+  using P = Pack<T>;
+  struct RowTag;
+  constexpr int kRows = 8;
+  const int64_t whole = (count + P::kLanes - 1) / P::kLanes * P::kLanes;
+  const windows::Loosely<T> by_pieces{x.end};
+  T* rows = scratch<RowTag, T>(kRows * whole + by_pieces.kPiece);
+  for (int done = 0; done < depth_k; done += kRows) {
+    const int here = std::min(kRows, depth_k - done);
+    x.image->copy(x.data, k + done, here, line, count, rows, whole, by_pieces);
+    pack_columns(Operand<T>{rows, 1, whole}, 0, whole, 0, here, width, panel_stride, to + done / P::kPair * width);
   }
 }
 

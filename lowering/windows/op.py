@@ -1,4 +1,4 @@
-"""``bicompile::windows``: every window of an image as the columns of a matrix, on the CPU.
+"""``bicompile::windows``: every window of an image as the columns of a matrix, on a CPU; ``mm_windows``: its products.
 
 The image is ``x``, [N, C, *S] of 1 to 3 spatial dims, with ``between - 1`` zeros between its elements along each of
 these, and ``before`` and ``after`` zeros around them; a negative count takes elements away.  Window ``p`` (positions
@@ -8,7 +8,11 @@ stand side by side.
 
 Inductor writes such a copy element by element, with divisions for each, and shares it out by samples only.
 
-Numerics: exact.
+``mm_windows(factors, x, ...)`` is the product of ``factors``, [G, R, C / G * taps], with the windows of ``x``, which
+are never written out: [N, R, positions] of one group, or [G, R, N * positions] with ``across``, where each group of
+factors meets its part of the channels.
+
+Numerics: ``windows`` is exact, ``mm_windows`` has the order of ``bicompile::mm`` and its bits.
 """
 
 from __future__ import annotations
@@ -22,11 +26,9 @@ from torch import Tensor
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIB = torch.library.Library("bicompile", "FRAGMENT")
-_LIB.define(
-    "windows(Tensor x, int[] kernel, int[] stride, int[] dilation, int[] before, int[] after, int[] between, "
-    "bool across) -> Tensor",
-    tags=_TAGS,
-)
+_IMAGE = "int[] kernel, int[] stride, int[] dilation, int[] before, int[] after, int[] between, bool across"
+_LIB.define(f"windows(Tensor x, {_IMAGE}) -> Tensor", tags=_TAGS)
+_LIB.define(f"mm_windows(Tensor factors, Tensor x, {_IMAGE}) -> Tensor", tags=_TAGS)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -49,17 +51,54 @@ def _(
     between: Sequence[int],
     across: bool,
 ) -> Tensor:
-    numbers = (kernel, stride, dilation, before, after, between)
+    positions = _positions("windows", x, kernel, stride, dilation, before, after, between)
+    columns = x.shape[1] * math.prod(kernel)
+    shape = (columns, x.shape[0] * positions) if across else (x.shape[0], columns, positions)
+    return x.new_empty(shape)
+
+
+@torch.library.register_fake("bicompile::mm_windows", lib=_LIB)
+def _(
+    factors: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    before: Sequence[int],
+    after: Sequence[int],
+    between: Sequence[int],
+    across: bool,
+) -> Tensor:
+    positions = _positions("mm_windows", x, kernel, stride, dilation, before, after, between)
+    torch._check(
+        factors.dtype == x.dtype,
+        lambda: f"bicompile::mm_windows: expected one dtype, got {factors.dtype} and {x.dtype}; convert one of them",
+    )
+    got = f"shape {tuple(factors.shape)} for {x.shape[1]} channels and {math.prod(kernel)} taps"
+    torch._check(
+        factors.dim() == 3
+        and factors.shape[0] * factors.shape[2] == x.shape[1] * math.prod(kernel)
+        and (across or factors.shape[0] == 1),
+        lambda: (
+            "bicompile::mm_windows: expected factors of [groups, rows, channels of a group * taps], and one group "
+            f"unless across, got {got}"
+        ),
+    )
+    groups, rows, _ = factors.shape
+    return x.new_empty((groups, rows, x.shape[0] * positions) if across else (x.shape[0], rows, positions))
+
+
+def _positions(op: str, x: Tensor, kernel: Sequence[int], *others: Sequence[int]) -> Any:
+    """How many windows a sample has, after the checks."""
+    stride, dilation, before, after, between = others
     got = f"{x.dtype} of shape {tuple(x.shape)}, kernel {list(kernel)}"
     torch._check(
-        x.dim() in (3, 4, 5) and all(len(each) == x.dim() - 2 for each in numbers),
-        lambda: f"bicompile::windows: expected x of [N, C, *S] and one number for each S, got {got}",
+        x.dim() in (3, 4, 5) and all(len(each) == x.dim() - 2 for each in (kernel, *others)),
+        lambda: f"bicompile::{op}: expected x of [N, C, *S] and one number for each S, got {got}",
     )
-    torch._check(x.dtype in DTYPES, lambda: f"bicompile::windows: expected a floating-point x, got {got}")
+    torch._check(x.dtype in DTYPES, lambda: f"bicompile::{op}: expected a floating-point x, got {got}")
     sizes = [(n - 1) * s + 1 + b + a for n, s, b, a in zip(x.shape[2:], between, before, after, strict=True)]
     found = positions_of(sizes, kernel, stride, dilation)
     for count in found:
-        torch._check(count > 0, lambda: f"bicompile::windows: expected x to hold one window at least, got {got}")
-    columns, positions = x.shape[1] * math.prod(kernel), math.prod(found)
-    shape = (columns, x.shape[0] * positions) if across else (x.shape[0], columns, positions)
-    return x.new_empty(shape)
+        torch._check(count > 0, lambda: f"bicompile::{op}: expected x to hold one window at least, got {got}")
+    return math.prod(found)

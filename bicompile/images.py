@@ -53,29 +53,26 @@ class Image(NamedTuple):
             return self.x
         if self.has_kernel:  # Inductor would look for zeros wherever it reads an element
             ones = [1] * len(self.between)
-            return self.columns(ones, ones, ones, False).view(*self.x.shape[:2], *self.sizes)
+            x, numbers = self._numbers(ones, ones, ones)
+            return torch.ops.bicompile.windows(x, *numbers, False).view(*x.shape[:2], *self.sizes)
         return padded(stuffed(self.x, self.between), self.before, self.after)
-
-    def columns(self, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], across: bool) -> Tensor:
-        """The windows as ``bicompile::windows`` has them, on the CPU."""
-        if self._is_columns(kernel, strides, across):
-            return self.x.contiguous().flatten(2)
-        x, numbers = self._numbers(kernel, strides, dilations)
-        return torch.ops.bicompile.windows(x, *numbers, across)
 
     def product(
         self, factors: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], across: bool
     ) -> Tensor:
         """``factors`` times the windows as ``bicompile::mm_windows`` has it, on the CPU."""
-        if self._is_columns(kernel, strides, across):
+        if not (across or self.has_zeros) and all(n == 1 for n in (*kernel, *strides)):
             x = self.x.contiguous().flatten(2)
             return torch.bmm(factors.expand(x.shape[0], *factors.shape[1:]), x)
         x, numbers = self._numbers(kernel, strides, dilations)
         return torch.ops.bicompile.mm_windows(factors.contiguous(), x, *numbers, across)
 
-    def _is_columns(self, kernel: Sequence[int], strides: Sequence[int], across: bool) -> bool:
-        """Whether each element is a window, and they lie as the windows would."""
-        return not (across or self.has_zeros) and all(n == 1 for n in (*kernel, *strides))
+    def product_transposed(
+        self, factors: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+    ) -> Tensor:
+        """``factors`` times the windows by position as ``bicompile::mm_windows_transposed`` has it, on the CPU."""
+        x, numbers = self._numbers(kernel, strides, dilations)
+        return torch.ops.bicompile.mm_windows_transposed(factors.contiguous(), x, *numbers)
 
     def _numbers(
         self, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]

@@ -269,9 +269,7 @@ def _convolution_backward(
         if x.device.type == "cpu":
             summed = small.shape[0] * math.prod(small.shape[2:])
             by_channel = small.transpose(0, 1).reshape(groups, small.shape[1] // groups, summed)
-            columns = fitted.columns(kernel, stride, dilation, across=True)
-            terms = columns.view(groups, large.shape[1] // groups * math.prod(kernel), summed).transpose(1, 2)
-            d_weight = _matmul(by_channel, terms).reshape(weight.shape)
+            d_weight = fitted.product_transposed(by_channel, kernel, stride, dilation).reshape(weight.shape)
         else:
             columns = _columns(fitted.written_out(), kernel, stride, dilation, groups)
             d_weight = _matmul(_rows(small, groups).transpose(1, 2), columns).reshape(weight.shape)

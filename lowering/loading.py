@@ -40,7 +40,7 @@ KERNELS = {
     "attention": ("sdpa",),
     "attention_backward": ("sdpa_backward",),
     "elementwise": ("unary", "binary"),
-    "matmul": ("mm", "mm_continued", "mm_windows", "bmm", "addmm", "baddbmm"),
+    "matmul": ("mm", "mm_continued", "mm_windows", "mm_windows_transposed", "bmm", "addmm", "baddbmm"),
     "norm": tuple(
         f"{kind}_norm{part}" for kind in ("layer", "group") for part in ("", "_backward", "_backward_params")
     ),
@@ -149,6 +149,9 @@ def _cases() -> Iterator[tuple[str, str, Callable[[], Any], Callable[[], Any]]]:
         yield case("windows", ours.windows.default, windows.windows, x.view(1, 3, 7, 11), *_WINDOWS)
         factors = draw(3, 2, 6, dtype=dtype)
         yield case("mm_windows", ours.mm_windows.default, _mm_windows, factors, x.view(1, 3, 7, 11), *_WINDOWS)
+        factors = draw(1, 2, 92, dtype=dtype)
+        transposed = ours.mm_windows_transposed.default
+        yield case("transposed", transposed, _mm_windows_transposed, factors, x.view(1, 3, 7, 11), *_WINDOWS[:-1])
         yield case("exp", ours.unary.default, _one_by_one, x, "exp")
 
 
@@ -164,6 +167,10 @@ def _in_pieces(a: Tensor, b: Tensor) -> tuple[Callable[[], Any], Callable[[], An
 
 def _mm_windows(factors: Tensor, x: Tensor, *how: Any) -> Tensor:
     return matmul.bmm(factors, windows.windows(x, *how).view(factors.shape[0], factors.shape[2], -1))
+
+
+def _mm_windows_transposed(factors: Tensor, x: Tensor, *_: Any) -> Tensor:
+    return matmul.bmm(factors, windows.windows(x, *_WINDOWS).T[None])
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:

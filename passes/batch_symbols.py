@@ -98,6 +98,10 @@ def _group(args: dict[str, Any]) -> list[Any]:
     return list(_shape(args["x"])[1:])
 
 
+def _of_factors(args: dict[str, Any]) -> list[Any]:
+    return [_shape(args["factors"])[-1]]
+
+
 def _all_but_channels(args: dict[str, Any]) -> list[Any]:
     shape = _shape(args["x"])
     return [shape[0], *shape[2:]]
@@ -146,7 +150,7 @@ def _matrices(dims: tuple[int, ...]) -> Callable[[dict[str, Any]], list[Any]]:
 
 _EXTENTS: dict[str, Callable[[dict[str, Any]], list[Any]]] = {
     **{f"bicompile.{name}": _inner for name in "mm mm_continued bmm addmm baddbmm grouped_mm scaled_mm".split()},
-    "bicompile.mm_windows": lambda args: [_shape(args["factors"])[-1]],
+    **{f"bicompile.{name}": _of_factors for name in ("mm_windows", "mm_windows_transposed")},
     **{
         f"bicompile.{name}": _over_dims
         for name in (

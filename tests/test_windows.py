@@ -83,6 +83,26 @@ def test_products_are_those_of_windows_written_out(name: str, across: bool, grou
         assert fake.shape == found.shape and fake.dtype == dtype
 
 
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_transposed_products_are_those_of_windows_written_out(name: str, groups: int):
+    shape, *how = CASES[name]
+    if shape[1] % groups:
+        return
+    for dtype in FLOATS:
+        x = image(shape, dtype)
+        strided = torch.stack([x, x], dim=-1)[..., 0]
+        terms = torch.ops.bicompile.windows(x, *how, True)
+        terms = terms.view(groups, len(terms) // groups, terms.shape[1]).transpose(1, 2)
+        for rows in (1, 5, 70):
+            factors = torch.randn(groups, rows, terms.shape[1], generator=torch.Generator().manual_seed(1)).to(dtype)
+            for given in (x, strided):
+                found = torch.ops.bicompile.mm_windows_transposed(factors, given, *how)
+                assert found.is_contiguous() and same_bits(found, torch.ops.bicompile.bmm(factors, terms))
+        fake = torch.ops.bicompile.mm_windows_transposed(factors.to("meta"), x.to("meta"), *how)
+        assert fake.shape == found.shape and fake.dtype == dtype
+
+
 LARGE = {
     "tiles of rows and columns": (600, (2, 30, 24, 40), [3, 3], [1, 1], [1, 1]),
     "two of every three": (40, (2, 70, 13, 61), [3, 5], [2, 3], [0, 2]),
@@ -106,6 +126,9 @@ def test_large_products_are_those_of_windows_written_out(name: str, across: bool
         whole = found if across else found.transpose(0, 1).flatten(1)[None]
         one = torch.ops.bicompile.mm_windows(factors, x[-1:].contiguous(), *how)[0]
         assert same_bits(whole[0, :, -one.shape[-1] :].contiguous(), one)
+        terms = torch.ops.bicompile.windows(x, *how[:-1], True).T[None]
+        transposed = torch.ops.bicompile.mm_windows_transposed(whole.contiguous(), x, *how[:-1])
+        assert same_bits(transposed, torch.ops.bicompile.bmm(whole.contiguous(), terms))
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -121,9 +144,12 @@ def test_products_read_no_memory_behind_the_image(stride: int):
         how = ([3, 3], [stride, stride], [1, 1], [1, 1], [0, 0], [1, 1])
         factors = torch.randn(1, 7, 27).to(dtype)
         expected = [written_out(factors, x.clone(), *how, across) for across in (False, True)]
+        terms = torch.ops.bicompile.windows(x.clone(), *how, True)
+        expected.append(torch.ops.bicompile.bmm(expected[1], terms.T[None]))
         assert libc.mprotect(ctypes.c_void_p(start + page), page, 0) == 0
         try:
             found = [torch.ops.bicompile.mm_windows(factors, x, *how, across) for across in (False, True)]
+            found.append(torch.ops.bicompile.mm_windows_transposed(found[1], x, *how))
         finally:
             assert libc.mprotect(ctypes.c_void_p(start + page), page, mmap.PROT_READ | mmap.PROT_WRITE) == 0
         assert all(map(same_bits, found, expected))
@@ -138,7 +164,11 @@ def test_products_that_do_not_fit_are_refused():
         with pytest.raises(RuntimeError, match="bicompile::mm_windows: expected one dtype"):
             double = torch.ones(1, 7, 36, device=device, dtype=torch.float64)
             torch.ops.bicompile.mm_windows(double, x.to(device), *how, False)
+        for shape in ((1, 7, 8), (3, 7, 9), (7, 9)):
+            with pytest.raises(RuntimeError, match="bicompile::mm_windows_transposed: expected factors"):
+                torch.ops.bicompile.mm_windows_transposed(torch.ones(shape, device=device), x.to(device), *how)
     torch.library.opcheck(torch.ops.bicompile.mm_windows.default, (torch.ones(1, 7, 36), x, *how, False))
+    torch.library.opcheck(torch.ops.bicompile.mm_windows_transposed.default, (torch.ones(2, 7, 9), x, *how))
 
 
 def test_bits_are_copied_as_they_are():

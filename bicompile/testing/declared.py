@@ -28,7 +28,7 @@ from .trees import SummationTree
 
 Child = int | SummationTree
 
-_MATMULS = ("mm", "mm_windows", "bmm", "addmm", "baddbmm", "grouped_mm", "scaled_mm")
+_MATMULS = ("mm", "mm_windows", "mm_windows_transposed", "bmm", "addmm", "baddbmm", "grouped_mm", "scaled_mm")
 _ATTENTION = ("sdpa", "sdpa_backward")
 _SCANS = ("cumsum", "cumprod", "logcumsumexp")
 _SCATTERS = ("index_add", "scatter_add", "scatter_reduce", "index_put_accumulate", "embedding_dense_backward")

@@ -1,4 +1,4 @@
-// The matmul family on the CPU: mm, mm_continued, mm_windows, bmm, addmm, baddbmm.  gemm.h computes; here operands are
+// The matmul family on the CPU: mm, mm_continued, mm_windows and its transpose, bmm, addmm, baddbmm.  gemm.h computes; here operands are
 // checked and described.
 #include "gemm.h"
 
@@ -104,42 +104,71 @@ Tensor mm_continued(const std::optional<Tensor>& sums, const Tensor& a, const Te
   return out;
 }
 
+// out[i] = factors[i] @ windows of a part of the image for each i, or their transpose.
+template <class T>
+void multiply_windows(const Tensor& factors, const Tensor& x, const windows::Image& given, int64_t batch_step,
+                      bool by_position, const Tensor& out) {
+  windows::Image image = given;
+  const T* data = static_cast<const T*>(x.data_ptr());
+  std::optional<Tensor> phases;
+  if (image.reads_apart()) {
+    const int64_t samples = x.size(0), channels = x.size(1), size = image.channel_in_phases();
+    phases = new_tensor({samples * channels, size}, x.scalar_type());
+    T* to = static_cast<T*>(phases->data_ptr());
+    parallel_tasks(samples * channels, phases->numel(), [&](int64_t task) {
+      given.write_phases(data + task / channels * given.sample_step + task % channels * given.channel_step,
+                         to + task * size);
+    });
+    image = given.in_phases(samples, channels), data = to;
+  }
+  Product<T> p;
+  p.batch = out.size(0), p.rows = out.size(1), p.columns = out.size(2), p.depth = factors.size(2);
+  p.left = {static_cast<const T*>(factors.data_ptr()), factors.stride(1), factors.stride(2)};
+  p.left_batch_stride = factors.size(0) > 1 ? factors.stride(0) : 0;
+  p.right = {data, 0, 0, &image, data + image.extent, by_position};
+  // A batch of groups has a part of the channels each, one of samples a sample.
+  p.right_batch_stride = batch_step > 0 ? batch_step * image.channel_step : image.sample_step;
+  p.out = static_cast<T*>(out.data_ptr());
+  matmul::multiply(p);
+}
+
+void check_factors_of_windows(const char* op, const Tensor& factors, const Tensor& x, bool fits, const char* expected) {
+  STD_TORCH_CHECK(factors.scalar_type() == x.scalar_type(), "bicompile::", op, ": expected one dtype, got ",
+                  name_of(factors.scalar_type()), " and ", name_of(x.scalar_type()), "; convert one of them");
+  STD_TORCH_CHECK(fits, "bicompile::", op, ": expected factors of ", expected, ", got shape ", shape_of(factors),
+                  " for x of shape ", shape_of(x));
+}
+
 Tensor mm_windows(const Tensor& factors, const Tensor& x, windows::Ints kernel, windows::Ints stride,
                   windows::Ints dilation, windows::Ints before, windows::Ints after, windows::Ints between,
                   bool across) {
   const char* op = "mm_windows";
-  windows::Image image(op, x, kernel, stride, dilation, before, after, between);
-  STD_TORCH_CHECK(factors.scalar_type() == x.scalar_type(), "bicompile::", op, ": expected one dtype, got ",
-                  name_of(factors.scalar_type()), " and ", name_of(x.scalar_type()), "; convert one of them");
+  const windows::Image image(op, x, kernel, stride, dilation, before, after, between);
   const bool fits = factors.dim() == 3 && factors.size(0) * factors.size(2) == x.size(1) * image.taps &&
                     (across || factors.size(0) == 1);
-  STD_TORCH_CHECK(fits, "bicompile::", op, ": expected factors of [groups, rows, channels of a group * taps], and one ",
-                  "group unless across, got shape ", shape_of(factors), " for ", x.size(1), " channels and ",
-                  image.taps, " taps");
-  const int64_t samples = x.size(0), channels = x.size(1), groups = factors.size(0), rows = factors.size(1);
+  check_factors_of_windows(op, factors, x, fits,
+                           "[groups, rows, channels of a group * taps], and one group unless across");
+  const int64_t groups = factors.size(0), rows = factors.size(1), samples = x.size(0);
   Tensor out = across ? new_tensor({groups, rows, samples * image.positions}, x.scalar_type())
                       : new_tensor({samples, rows, image.positions}, x.scalar_type());
   dispatch(op, x.scalar_type(), [&](auto zero) {
-    using T = decltype(zero);
-    Product<T> p;
-    p.batch = out.size(0), p.rows = rows, p.columns = out.size(2), p.depth = factors.size(2);
-    p.left = {static_cast<const T*>(factors.data_ptr()), factors.stride(1), factors.stride(2)};
-    p.left_batch_stride = groups > 1 ? factors.stride(0) : 0;
-    const T* data = static_cast<const T*>(x.data_ptr());
-    std::optional<Tensor> phases;
-    if (image.reads_apart()) {
-      phases = new_tensor({samples * channels, image.channel_in_phases()}, x.scalar_type());
-      T* to = static_cast<T*>(phases->data_ptr());
-      parallel_tasks(samples * channels, phases->numel(), [&](int64_t task) {
-        const T* channel = data + task / channels * image.sample_step + task % channels * image.channel_step;
-        image.write_phases(channel, to + task * image.channel_in_phases());
-      });
-      image = image.in_phases(samples, channels), data = to;
-    }
-    p.right = {data, 0, 0, &image, data + image.extent};
-    p.right_batch_stride = across ? p.depth / image.taps * image.channel_step : image.sample_step;
-    p.out = static_cast<T*>(out.data_ptr());
-    matmul::multiply(p);
+    multiply_windows<decltype(zero)>(factors, x, image, across ? x.size(1) / groups : 0, false, out);
+  });
+  return out;
+}
+
+Tensor mm_windows_transposed(const Tensor& factors, const Tensor& x, windows::Ints kernel, windows::Ints stride,
+                             windows::Ints dilation, windows::Ints before, windows::Ints after,
+                             windows::Ints between) {
+  const char* op = "mm_windows_transposed";
+  const windows::Image image(op, x, kernel, stride, dilation, before, after, between);
+  const bool fits = factors.dim() == 3 && factors.size(0) > 0 && x.size(1) % factors.size(0) == 0 &&
+                    factors.size(2) == x.size(0) * image.positions;
+  check_factors_of_windows(op, factors, x, fits, "[groups, rows, samples * positions]");
+  const int64_t channels = x.size(1) / factors.size(0);
+  Tensor out = new_tensor({factors.size(0), factors.size(1), channels * image.taps}, x.scalar_type());
+  dispatch(op, x.scalar_type(), [&](auto zero) {
+    multiply_windows<decltype(zero)>(factors, x, image, channels, true, out);
   });
   return out;
 }
@@ -158,6 +187,7 @@ STABLE_TORCH_LIBRARY_IMPL(bicompile, CPU, m) {
   m.impl("mm", TORCH_BOX(&mm));
   m.impl("mm_continued", TORCH_BOX(&mm_continued));
   m.impl("mm_windows", TORCH_BOX(&mm_windows));
+  m.impl("mm_windows_transposed", TORCH_BOX(&mm_windows_transposed));
   m.impl("bmm", TORCH_BOX(&bmm));
   m.impl("addmm", TORCH_BOX(&addmm));
   m.impl("baddbmm", TORCH_BOX(&baddbmm));

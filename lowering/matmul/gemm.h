@@ -182,7 +182,7 @@ struct Tile {
 
 template <class T>
 Operand<T> of_batch(const Operand<T>& x, int64_t offset) {
-  return {x.data + offset, x.line_stride, x.k_stride, x.image, x.end};
+  return {x.data + offset, x.line_stride, x.k_stride, x.image, x.end, x.by_position};
 }
 
 // Memory that will be read soon, asked for a part at a time while the processor multiplies.

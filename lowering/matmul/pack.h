@@ -9,8 +9,8 @@
 
 namespace bicompile::matmul {
 
-// One operand: element (line, k) lies at data[line * line_stride + k * k_stride], or, of a right one, is row k of
-// window `line` of an image at `data`; then there are no strides.
+// One operand: element (line, k) lies at data[line * line_stride + k * k_stride].  Without strides it is a right one that
+// is made of an image's windows: element k of window `line`, or, by position, element `line` of window k.
 template <class T>
 struct Operand {
   const T* data;
@@ -18,6 +18,7 @@ struct Operand {
   int64_t k_stride;
   const windows::Image* image = nullptr;
   const T* end = nullptr;  // of the image
+  bool by_position = false;
   const T* at(int64_t line, int64_t k) const { return data + line * line_stride + k * k_stride; }
 };
 
@@ -286,8 +287,18 @@ void pack_windows(const Operand<T>& x, int64_t line, int64_t count, int64_t k, i
   using P = Pack<T>;
   struct RowTag;
   constexpr int kRows = 8;
-  const int64_t whole = (count + P::kLanes - 1) / P::kLanes * P::kLanes;
   const windows::Loosely<T> by_pieces{x.end};
+  if (x.by_position) {
+    T* rows = scratch<RowTag, T>(P::kLanes * depth_k + by_pieces.kPiece);
+    for (int64_t i = 0; i < count; i += P::kLanes) {
+      const int64_t here = std::min<int64_t>(P::kLanes, count - i);
+      x.image->copy(x.data, line + i, here, k, depth_k, rows, depth_k, by_pieces);
+      pack_columns(Operand<T>{rows, depth_k, 1}, 0, here, 0, depth_k, width, panel_stride,
+                   to + i / width * panel_stride + i % width);
+    }
+    return;
+  }
+  const int64_t whole = (count + P::kLanes - 1) / P::kLanes * P::kLanes;
   T* rows = scratch<RowTag, T>(kRows * whole + by_pieces.kPiece);
   for (int done = 0; done < depth_k; done += kRows) {
     const int here = std::min(kRows, depth_k - done);

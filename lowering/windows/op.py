@@ -10,15 +10,16 @@ Inductor writes such a copy element by element, with divisions for each, and sha
 
 ``mm_windows(factors, x, ...)`` is the product of ``factors``, [G, R, C / G * taps], with the windows of ``x``, which
 are never written out: [N, R, positions] of one group, or [G, R, N * positions] with ``across``, where each group of
-factors meets its part of the channels.
+factors meets its part of the channels.  ``mm_windows_transposed(factors, x, ...)`` is [G, R, C / G * taps], of factors
+[G, R, N * positions].
 
-Numerics: ``windows`` is exact, ``mm_windows`` has the order of ``bicompile::mm`` and its bits.
+Numerics: ``windows`` is exact, the products have the order of ``bicompile::mm`` and its bits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ from torch import Tensor
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _LIB = torch.library.Library("bicompile", "FRAGMENT")
-_IMAGE = "int[] kernel, int[] stride, int[] dilation, int[] before, int[] after, int[] between, bool across"
-_LIB.define(f"windows(Tensor x, {_IMAGE}) -> Tensor", tags=_TAGS)
-_LIB.define(f"mm_windows(Tensor factors, Tensor x, {_IMAGE}) -> Tensor", tags=_TAGS)
+_IMAGE = "Tensor x, int[] kernel, int[] stride, int[] dilation, int[] before, int[] after, int[] between"
+_LIB.define(f"windows({_IMAGE}, bool across) -> Tensor", tags=_TAGS)
+_LIB.define(f"mm_windows(Tensor factors, {_IMAGE}, bool across) -> Tensor", tags=_TAGS)
+_LIB.define(f"mm_windows_transposed(Tensor factors, {_IMAGE}) -> Tensor", tags=_TAGS)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -70,22 +72,51 @@ def _(
     across: bool,
 ) -> Tensor:
     positions = _positions("mm_windows", x, kernel, stride, dilation, before, after, between)
-    torch._check(
-        factors.dtype == x.dtype,
-        lambda: f"bicompile::mm_windows: expected one dtype, got {factors.dtype} and {x.dtype}; convert one of them",
-    )
-    got = f"shape {tuple(factors.shape)} for {x.shape[1]} channels and {math.prod(kernel)} taps"
-    torch._check(
-        factors.dim() == 3
-        and factors.shape[0] * factors.shape[2] == x.shape[1] * math.prod(kernel)
-        and (across or factors.shape[0] == 1),
-        lambda: (
-            "bicompile::mm_windows: expected factors of [groups, rows, channels of a group * taps], and one group "
-            f"unless across, got {got}"
-        ),
+    _check_factors(
+        "mm_windows",
+        factors,
+        x,
+        lambda groups, terms: groups * terms == x.shape[1] * math.prod(kernel) and (across or groups == 1),
+        "[groups, rows, channels of a group * taps], and one group unless across",
     )
     groups, rows, _ = factors.shape
     return x.new_empty((groups, rows, x.shape[0] * positions) if across else (x.shape[0], rows, positions))
+
+
+@torch.library.register_fake("bicompile::mm_windows_transposed", lib=_LIB)
+def _(
+    factors: Tensor,
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    before: Sequence[int],
+    after: Sequence[int],
+    between: Sequence[int],
+) -> Tensor:
+    positions = _positions("mm_windows_transposed", x, kernel, stride, dilation, before, after, between)
+    _check_factors(
+        "mm_windows_transposed",
+        factors,
+        x,
+        lambda groups, terms: groups > 0 and x.shape[1] % groups == 0 and terms == x.shape[0] * positions,
+        "[groups, rows, samples * positions]",
+    )
+    return x.new_empty(*factors.shape[:2], x.shape[1] // factors.shape[0] * math.prod(kernel))
+
+
+def _check_factors(op: str, factors: Tensor, x: Tensor, fit: Callable[[Any, Any], Any], expected: str) -> None:
+    torch._check(
+        factors.dtype == x.dtype,
+        lambda: f"bicompile::{op}: expected one dtype, got {factors.dtype} and {x.dtype}; convert one of them",
+    )
+    torch._check(
+        factors.dim() == 3 and fit(factors.shape[0], factors.shape[2]),
+        lambda: (
+            f"bicompile::{op}: expected factors of {expected}, got shape {tuple(factors.shape)} for x of shape "
+            f"{tuple(x.shape)}"
+        ),
+    )
 
 
 def _positions(op: str, x: Tensor, kernel: Sequence[int], *others: Sequence[int]) -> Any:

@@ -202,9 +202,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return aten.linear.default._op_dk(DispatchKey.CompositeImplicitAutograd, x, weight, bias)
     _on_gpu(given)
     with no_python_dispatcher(), torch._C._DisableTorchDispatch(), torch._C._AutoDispatchBelowAutograd():
-        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-        columns = weight.t()
-        product = bicompile.mm(rows, columns) if bias is None else bicompile.addmm(bias, rows, columns, 1.0, 1.0)
+        factors = (x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight.t())
+        op, operands = (aten.mm.default, factors) if bias is None else (aten.addmm.default, (bias, *factors))
+        product: Tensor = _lowered(op, operands, {})
         return product.view(*x.shape[:-1], weight.shape[0])
 
 

@@ -100,6 +100,17 @@ def stuffed(x: Tensor, strides: Sequence[int]) -> Tensor:
     return x
 
 
+def interleaved(phases: Tensor, strides: Sequence[int]) -> Tensor:
+    """[N, C, *S * strides] of phases [P, N, C, *S]; see ``bicompile::interleaved``."""
+    if phases.device.type == "cpu" and phases.dtype in DTYPES:  # Inductor thinks long about such indices
+        return torch.ops.bicompile.interleaved(phases.contiguous(), list(strides))
+    dims, lead = len(strides), phases.shape[1:3]
+    split = phases.view(*strides, *phases.shape[1:])
+    order = [dims, dims + 1, *(d for i in range(dims) for d in (dims + 2 + i, i))]
+    sizes = [count * stride for count, stride in zip(phases.shape[3:], strides, strict=True)]
+    return split.permute(order).reshape(*lead, *sizes)
+
+
 def windows_of(x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Tensor:
     """Every window of the trailing dims, as a view [..., *positions, *kernel]."""
     first = x.dim() - len(kernel)

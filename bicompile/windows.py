@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from .images import Image, padded, stuffed, taps_of, windows_of
+from .images import Image, interleaved, padded, stuffed, taps_of, windows_of
 from .lowering.windows.op import positions_of
 
 aten = torch.ops.aten
@@ -110,7 +110,7 @@ def _products_of_windows(
     positions that the factors would be read too often, that of all samples side by side.
     """
     (groups, outputs, _), samples, count = factors.shape, image.x.shape[0], math.prod(positions)
-    across = groups > 1 or not (isinstance(count, int) and count >= _MANY_POSITIONS)
+    across = groups > 1 or (isinstance(count, int) and count < _MANY_POSITIONS)
     y = image.product(factors, kernel, strides, dilations, across)
     if not across:
         return y.view(samples, outputs, *positions)
@@ -171,10 +171,7 @@ def _transposed(
     sizes = [(n - 1) * s - 2 * p + r + 1 + extra for n, s, p, r, extra in given]
     counts = [(size + s - 1) // s for size, s in zip(sizes, strides, strict=True)]
     found = [_phase(x, flipped, phase, strides, padding, counts, groups) for phase in phases]
-    # [N, O, *counts, *strides], of which each count and its stride make one dim, a little longer than the result's.
-    split = torch.stack(found, -1).view(*found[0].shape, *strides)
-    order = [0, 1, *(d for i in range(dims) for d in (2 + i, 2 + dims + i))]
-    y = split.permute(order).reshape(*split.shape[:2], *(c * s for c, s in zip(counts, strides, strict=True)))
+    y = interleaved(torch.stack(found), strides)  # a little longer than the result
     for i, size in enumerate(sizes):
         y = y.narrow(2 + i, 0, size)
     return _laid_out(y, channels_last)

@@ -49,7 +49,7 @@ KERNELS = {
     "scan": ("cumsum", "cumprod", "logcumsumexp"),
     "scatter": ("index_add", "segment_add", "scatter_add", "scatter_reduce", "embedding_dense_backward"),
     "softmax": ("softmax", "softmax_backward", "softmax_statistics", "log_probability_backward"),
-    "windows": ("windows",),
+    "windows": ("windows", "interleaved"),
 }
 LIBRARY_OF = {f"bicompile::{op}": library for library, ops in KERNELS.items() for op in ops}
 

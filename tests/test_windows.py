@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import mmap
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bicompile
+from bicompile import images
 from bicompile import windows as forms
 from bicompile.lowering.matmul import reference as products
 from bicompile.lowering.windows.reference import windows as reference
@@ -169,6 +171,25 @@ def test_products_that_do_not_fit_are_refused():
                 torch.ops.bicompile.mm_windows_transposed(torch.ones(shape, device=device), x.to(device), *how)
     torch.library.opcheck(torch.ops.bicompile.mm_windows.default, (torch.ones(1, 7, 36), x, *how, False))
     torch.library.opcheck(torch.ops.bicompile.mm_windows_transposed.default, (torch.ones(2, 7, 9), x, *how))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides"), [((5,), [3]), ((4, 5), [2, 3]), ((2, 3, 5), [1, 2, 2]), ((0, 4), [2, 2])]
+)
+def test_phases_are_interleaved(sizes: tuple[int, ...], strides: list[int]):
+    for dtype in FLOATS:
+        phases = image((math.prod(strides), 2, 3, *sizes), dtype)
+        whole = torch.ops.bicompile.interleaved(phases, strides)
+        for number, phase in enumerate(itertools.product(*map(range, strides))):
+            index = [slice(f, None, s) for f, s in zip(phase, strides, strict=True)]
+            assert same_bits(whole[(slice(None), slice(None), *index)].contiguous(), phases[number])
+        assert same_bits(whole, images.interleaved(phases, strides))
+        meta = torch.ops.bicompile.interleaved(phases.to("meta"), strides)
+        assert meta.shape == whole.shape == images.interleaved(phases.to("meta"), strides).shape
+    for device in ("cpu", "meta"):
+        for bad in (strides[1:], [s + 1 for s in strides]):
+            with pytest.raises(RuntimeError, match="bicompile::interleaved: expected contiguous phases"):
+                torch.ops.bicompile.interleaved(phases.to(device), bad)
 
 
 def test_bits_are_copied_as_they_are():

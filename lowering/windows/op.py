@@ -13,7 +13,10 @@ are never written out: [N, R, positions] of one group, or [G, R, N * positions] 
 factors meets its part of the channels.  ``mm_windows_transposed(factors, x, ...)`` is [G, R, C / G * taps], of factors
 [G, R, N * positions].
 
-Numerics: ``windows`` is exact, the products have the order of ``bicompile::mm`` and its bits.
+``interleaved(phases, strides)`` is [N, C, *S * strides] of [P, N, C, *S], whose phases are numbered with the last dim
+fastest: an element of phase f lies at the places that are f by the strides.
+
+Numerics: ``windows`` and ``interleaved`` are exact, the products have the order of ``bicompile::mm`` and its bits.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ _IMAGE = "Tensor x, int[] kernel, int[] stride, int[] dilation, int[] before, in
 _LIB.define(f"windows({_IMAGE}, bool across) -> Tensor", tags=_TAGS)
 _LIB.define(f"mm_windows(Tensor factors, {_IMAGE}, bool across) -> Tensor", tags=_TAGS)
 _LIB.define(f"mm_windows_transposed(Tensor factors, {_IMAGE}) -> Tensor", tags=_TAGS)
+_LIB.define("interleaved(Tensor phases, int[] strides) -> Tensor", tags=_TAGS)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -103,6 +107,19 @@ def _(
         "[groups, rows, samples * positions]",
     )
     return x.new_empty(*factors.shape[:2], x.shape[1] // factors.shape[0] * math.prod(kernel))
+
+
+@torch.library.register_fake("bicompile::interleaved", lib=_LIB)
+def _(phases: Tensor, strides: Sequence[int]) -> Tensor:
+    torch._check(
+        phases.dim() == 3 + len(strides) and 1 <= len(strides) <= 3 and phases.shape[0] == math.prod(strides),
+        lambda: (
+            "bicompile::interleaved: expected contiguous phases of [strides' product, N, C, *S] and one stride for "
+            f"each S, got shape {tuple(phases.shape)}, strides {list(strides)}"
+        ),
+    )
+    sizes = [count * stride for count, stride in zip(phases.shape[3:], strides, strict=True)]
+    return phases.new_empty(*phases.shape[1:3], *sizes)
 
 
 def _check_factors(op: str, factors: Tensor, x: Tensor, fit: Callable[[Any, Any], Any], expected: str) -> None:

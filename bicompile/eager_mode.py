@@ -59,8 +59,9 @@ _CORRECTLY_ROUNDED_ON_GPU = frozenset(
 )
 # With an alpha PyTorch's scalar code may contract these, its vector code not.
 _WITH_ALPHA = frozenset("aten.add aten.sub aten.rsub".split())
-# Of equal elements these name any on a GPU, so none runs as it is there: topk and sort are lowered, others refused.
+# Of 0.0 and -0.0 these take either on a GPU.
 _FIRST_OF_EQUAL = frozenset([aten.max.default, aten.max.dim, aten.min.default, aten.min.dim])
+# Of equal elements these name any on a GPU, so none runs as it is there: topk and sort are lowered, others refused.
 _FREE_TIES = frozenset("aten.kthvalue aten.median aten.mode aten.nanmedian aten.sort aten.topk".split())
 
 # What to do instead of an op that is refused.
@@ -112,7 +113,7 @@ class _LoweringMode(InterceptingMode):
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             return self._refuse(func, args, kwargs)
-        tensors = _tensors(args) + _tensors(kwargs.values()) if kwargs else _tensors(args)
+        tensors = _tensors((*args, *kwargs.values()))
         on_gpu = _on_gpu(tensors)
         plain = len(args) == 2 and not kwargs
         rounds = _rounds_correctly(func, on_gpu, plain) and not any(x.is_complex() for x in tensors)
@@ -200,7 +201,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and not x.is_meta
     ):
         return aten.linear.default._op_dk(DispatchKey.CompositeImplicitAutograd, x, weight, bias)
-    _on_gpu(given)
+    _on_gpu(given)  # raises where there are no lowerings
     with no_python_dispatcher(), torch._C._DisableTorchDispatch(), torch._C._AutoDispatchBelowAutograd():
         factors = (x.reshape(x.shape[:-1].numel(), x.shape[-1]), weight.t())
         op, operands = (aten.mm.default, factors) if bias is None else (aten.addmm.default, (bias, *factors))

@@ -1,5 +1,5 @@
-// The matmul family on the CPU: mm, mm_continued, mm_windows and its transpose, bmm, addmm, baddbmm.  gemm.h computes; here operands are
-// checked and described.
+// The matmul family on the CPU: mm, mm_continued, mm_windows and its transpose, bmm, addmm, baddbmm.  gemm.h computes;
+// here operands are checked and described.
 #include "gemm.h"
 
 #include <torch/csrc/stable/library.h>

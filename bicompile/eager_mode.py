@@ -19,6 +19,7 @@ from torch._C import DispatchKey
 from torch._decomp import decomposition_table as core_decompositions
 from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
+from torch.autograd import forward_ad
 
 from .decompositions import decomposition_table
 from .errors import UnsupportedOpError
@@ -210,12 +211,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _alone() -> bool:
-    """Whether ``eager()`` is the only mode here, and no transform of torch.func is."""
-    modes = torch._C._len_torch_dispatch_stack()
+    """Whether ``eager()`` is the only mode here, no transform of torch.func is, and no derivative goes forward."""
     return (
-        modes == 1
+        torch._C._len_torch_dispatch_stack() == 1
         and isinstance(torch._C._get_dispatch_stack_at(0), _LoweringMode)
         and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
     )
 
 

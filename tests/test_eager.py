@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -224,6 +225,18 @@ def test_linear_layer_in_parts_for_transforms_and_other_modes():
         with Watch():
             assert same_bits(F.linear(x, weight), whole)
     assert aten.mm.default in seen
+
+
+def test_derivatives_go_forward_through_a_linear_layer():
+    torch.manual_seed(0)
+    x, tangent, weight = torch.randn(3, 64), torch.randn(3, 64), torch.randn(48, 64)
+    with bicompile.eager():
+        expected = F.linear(tangent, weight)
+        with forward_ad.dual_level():
+            y = forward_ad.unpack_dual(F.linear(forward_ad.make_dual(x, tangent), weight))
+        transformed = torch.func.jvp(lambda x: F.linear(x, weight), (x,), (tangent,))[1]
+        assert same_bits(y.primal, F.linear(x, weight))
+    assert same_bits(y.tangent, expected) and same_bits(transformed, expected)
 
 
 @pytest.mark.parametrize(

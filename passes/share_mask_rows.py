@@ -7,8 +7,8 @@ Before, in every layer::
 After::
 
     rows: "i32[3, s0, 1, s1]" = torch.ops.bicompile.mask_rows.default(mask, False)
-    sdpa = torch.ops.bicompile.sdpa.default(q, k, v, mask, False, 0.125, rows=rows)
-    sdpa_1 = torch.ops.bicompile.sdpa.default(q_1, k_1, v_1, mask, False, 0.125, rows=rows)
+    sdpa = torch.ops.bicompile.sdpa.default(q, k, v, mask, False, 0.125, rows, None, 0.0)
+    sdpa_1 = torch.ops.bicompile.sdpa.default(q_1, k_1, v_1, mask, False, 0.125, rows, None, 0.0)
 
 Left alone: other devices, masks that one attention uses, and those that are broadcast over queries or keys.
 Numerics, shapes, dtypes and strides: unchanged; the rows are integers that ``sdpa`` would find itself.
@@ -39,7 +39,7 @@ def share_mask_rows_pass(gm: GraphModule) -> PassResult:
         with gm.graph.inserting_before(nodes[0]):
             rows = call(nodes[0], bicompile.mask_rows.default, mask, is_causal)
         for node in nodes:
-            node.kwargs = {**node.kwargs, "rows": rows}
+            node.args, node.kwargs = tuple({**arguments(node), "rows": rows}.values()), {}
     if shared:
         gm.graph.lint()
         gm.recompile()

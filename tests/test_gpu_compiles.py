@@ -6,10 +6,12 @@ All of them take an hour, so a run draws a sample, another one every day: pytest
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import re
 from collections import defaultdict
+from unittest import mock
 
 import pytest
 
@@ -19,12 +21,26 @@ import torch
 import triton
 import triton.language as tl
 
+from bicompile.lowering.attention import gpu as attention_gpu
 from bicompile.lowering.attention.aot import backward_compilations, forward_compilations, problem
 from bicompile.lowering.attention.backward_kernels import key_kernel, query_kernel
 from bicompile.lowering.attention.rows_kernel import rows_kernel
-from bicompile.lowering.attention.schedule import REFERENCE, REFERENCE_BACKWARD, SplitSchedule
-from bicompile.lowering.gpu.ahead import SHARED_MEMORY, Compilation, all_cases, compile_for
+from bicompile.lowering.attention.schedule import REFERENCE, REFERENCE_BACKWARD, HopperSchedule, SplitSchedule
+from bicompile.lowering.gpu.ahead import (
+    SHARED_MEMORY,
+    Compilation,
+    _source_class,
+    all_cases,
+    arguments_of,
+    compile_for,
+)
+from bicompile.lowering.gpu.device import DeviceKey
+from bicompile.lowering.gpu.driver import laid_out
+from bicompile.lowering.gpu.launch import Launch
 from bicompile.lowering.gpu.recording import recorded
+from bicompile.lowering.matmul.problem import problem_of
+from bicompile.lowering.matmul.runners import stream_runner
+from bicompile.lowering.matmul.schedule import StreamSchedule
 from bicompile.lowering.reduction import gpu as reduction_gpu
 from bicompile.lowering.scatter.aot import aot_cases as scatter_cases
 
@@ -111,13 +127,59 @@ def test_columns_and_scattered_rows_are_loaded_16_bytes_at_a_time():
 
 def triton_text(case: Compilation, stage: str = "ptx") -> str:
     """The code of a compilation for sm_90, at a stage of the compiler."""
+    return binary(case).asm[stage]
+
+
+def _with_tensor_maps():
+    """Kernels that read and write by TMA: attention's for decoding and of sm_90, and a product's."""
+    p = problem(torch.bfloat16, 64, causal=True)
+    yield functools.partial(attention_gpu.run, p, SplitSchedule(16, 4, 3, tma=True))
+    yield functools.partial(attention_gpu.run, p, HopperSchedule(2, True))
+    x, w = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((48, 512), (384, 512)))
+    product = problem_of(x, w.t(), x.dtype, tf32=False, add=False)
+    schedule = StreamSchedule(64, 64, 128, warps=4, stages=3)
+    yield lambda: stream_runner(schedule, product, 0)(x, w.t(), None, x.new_empty(48, 384))
+
+
+@pytest.mark.parametrize("call", _with_tensor_maps())
+def test_parameters_are_laid_out_as_the_code_reads_them(call):
+    """What the driver says of a loaded kernel, its code says too."""
+    given, library = [], mock.Mock(cuTensorMapEncodeTiled=lambda *arguments: 0)
+    device = DeviceKey("", (9, 0), num_sms=132, shared_memory=0, versions="")
+    arguments = Launch.arguments
+    with (
+        mock.patch.object(
+            Launch, "arguments", lambda self, tensors: given.append(arguments(self, tensors)) or given[-1]
+        ),
+        mock.patch.object(attention_gpu, "device_key", lambda index: device),
+        mock.patch("bicompile.lowering.matmul.runners.num_sms", lambda index: 132),
+    ):
+        cases = recorded("launch", call)
+    with_maps = [
+        (case, values) for case, values in zip(cases, given, strict=True) if "tensordesc" in str(case.signature)
+    ]
+    assert len(with_maps) == 1
+    for case, values in with_maps:
+        compiled = binary(case)
+        layout = laid_out(library, compiled.src.signature, compiled.metadata, values)
+        assert layout is not None and layout.sizes == _parameter_sizes(compiled.asm["ptx"])
+        assert 128 in layout.sizes and len(layout.maps) == str(case.signature).count("tensordesc")
+
+
+def _parameter_sizes(ptx: str) -> list[int]:
+    """Bytes of each parameter of the one entry in a PTX text."""
+    (declared,) = re.findall(r"\.entry \w+\((.*?)\)", ptx, flags=re.DOTALL)
+    found = re.findall(r"\.param (?:\.align \d+ )?\.([bfsu])(\d+)[^,\[]*(?:\[(\d+)\])?", declared)
+    return [int(bits) // 8 * int(count or 1) for _, bits, count in found]
+
+
+def binary(case: Compilation):
+    """A compilation for sm_90."""
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    from bicompile.lowering.gpu.ahead import arguments_of
-
-    source = ASTSource(case.kernel, *arguments_of(case))
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": case.warps}).asm[stage]
+    source = _source_class(case.kernel)(case.kernel, *arguments_of(case))
+    options = {"num_warps": case.warps, "num_stages": case.stages, **case.options}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 @pytest.mark.parametrize("dropout", [False, True])

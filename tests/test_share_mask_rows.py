@@ -43,7 +43,7 @@ def test_shared_mask_is_read_once(shape: tuple[int, ...]):
     assert share_mask_rows_pass(gm).modified
     (rows,) = gm.graph.find_nodes(op="call_function", target=ops.mask_rows.default)
     attentions = gm.graph.find_nodes(op="call_function", target=ops.sdpa.default)
-    assert len(attentions) == 2 and all(node.kwargs["rows"] is rows for node in attentions)
+    assert len(attentions) == 2 and all(node.args[6] is rows for node in attentions)
     lead = (*(1,) * (4 - len(shape)), *shape[:-2])
     assert rows.meta["val"].shape == (3, *lead, 5) and rows.meta["val"].dtype == torch.int32
 

@@ -63,7 +63,7 @@ def forward_compilations(p: Problem, schedule: Schedule) -> list[Compilation]:
 
 def backward_compilations(p: Problem, schedule: BackwardSchedule) -> list[Compilation]:
     """What a backward launches."""
-    out, lse = gpu.new_outputs(p)
+    out, lse = gpu.outputs_of(p)()
     return recorded(f"backward of attention {_name(p)} {schedule}", gpu_backward.run, p, out, out, lse, schedule)
 
 

@@ -11,12 +11,24 @@ import triton
 from torch import Tensor
 
 from bicompile.lowering.gpu.device import device_key
-from bicompile.lowering.gpu.launch import INTERPRETED, Launch, key_of, on_device, planned
+from bicompile.lowering.gpu.launch import INTERPRETED, Launch, Planned, new_dense
 
 from .admitted import TWIN, choose, twins
 from .backward_kernels import begin_kernel, delta_kernel, key_kernel, mask_kernel, query_kernel, sum_kernel
 from .gpu import run as run_forward
-from .problem import TYPES, Problem, RowInfo, cdiv, info_strides, mask_strides, problem_of, row_info, two_parts
+from .op import check_op
+from .problem import (
+    TYPES,
+    Problem,
+    RowInfo,
+    cdiv,
+    info_strides,
+    mask_strides,
+    prepared,
+    problem_of,
+    row_info,
+    two_parts,
+)
 from .schedule import REFERENCE, REFERENCE_BACKWARD, BackwardSchedule, Tiles, backward_schedules
 
 
@@ -187,25 +199,33 @@ def _mask_plan(call: Call, mask: Tensor) -> Callable[[Call], Tensor]:
     return run
 
 
-def _sum(x: Tensor, outer: int, length: int, inner: int) -> Tensor:
+@Planned
+def _sum(x: Tensor, outer: int, length: int, inner: int) -> Callable[..., Tensor]:
     """Sum the middle dim of ``x``, seen as [outer, length, inner], in ascending order."""
-    out = torch.empty((outer, inner), dtype=x.dtype, device=x.device)
-    block = min(triton.next_power_of_2(inner), 128)
+    new, block, device = new_dense(x, (outer, inner)), min(triton.next_power_of_2(inner), 128), x.device.index
+    launch = Launch(sum_kernel, (outer, cdiv(inner, block)), (outer, length, inner), (block,), 1)
 
-    def build() -> Launch:
-        return Launch(sum_kernel, (outer, cdiv(inner, block)), (outer, length, inner), (block,), 1)
+    def run(x: Tensor, outer: int, length: int, inner: int) -> Tensor:
+        out = new()
+        launch(device, x, out)
+        return out
 
-    planned(("sum", outer, length, inner, key_of(x)), build)(x.device.index, x, out)
-    return out
+    return run
 
 
 def probe(p: Problem, schedule: BackwardSchedule) -> tuple[Tensor, ...]:
-    """The gradients of ``p`` for a gradient that is the output itself, but of the other sign for twins."""
+    """The gradients of ``p`` for a gradient that is the output itself, but of the other sign for twins.
+
+    Launched the second time, which is done as all later times.
+    """
     out, lse = run_forward(p, REFERENCE)
     grad = out.clone()
     twin = twins(grad.shape[2], grad.device.index)
     grad[:, :, twin] = -grad[:, :, twin - TWIN]
-    return run(p, grad, out, lse, schedule)[:3]
+    call = call_of(p, grad, out, lse)
+    plan = backward_plan(call, p.scale, False, schedule)
+    plan(call)
+    return plan(call)[:3]
 
 
 def run(
@@ -216,27 +236,30 @@ def run(
     return backward_plan(call, p.scale, False, schedule)(call)
 
 
-@on_device
+@Planned
 def sdpa_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, is_causal: bool,
     scale: float, mask_grad: bool, seeds: Tensor | None = None, dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
     """Gradients of q, k, v and, if wanted, of the mask; see ``op.py``."""
+    check_op("sdpa_backward", q, k, v, mask, seeds, dropout_p)
     p = problem_of("sdpa_backward", q, k, v, mask, is_causal, scale, None, seeds, dropout_p)
+    new = [new_dense(t, t.shape) for t in (q, k, v)]
+    new_mask = new_dense(q, (0,)) if mask is None or not mask_grad else new_dense(mask, mask.shape)
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
-        dq, dk, dv = (torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-        if mask is None or not mask_grad:
-            return dq, dk, dv, q.new_empty(0)
-        return dq, dk, dv, torch.zeros(mask.shape, dtype=mask.dtype, device=q.device)
-    call = call_of(p, grad, out, lse)
+        return lambda *arguments: (*(new_one().zero_() for new_one in new), new_mask().zero_())
+    schedule = REFERENCE_BACKWARD
+    if not INTERPRETED:
+        candidates = backward_schedules(p.widths, q.dtype, device_key(q.device.index))
+        schedule = choose(p, tuple(candidates), REFERENCE_BACKWARD, probe, probe)
+    plan = backward_plan(call_of(p, grad, out, lse), scale, mask_grad, schedule)
 
-    def build() -> Callable[[Call], tuple[Tensor, Tensor, Tensor, Tensor]]:
-        schedule = REFERENCE_BACKWARD
-        if not INTERPRETED:
-            candidates = backward_schedules(p.widths, q.dtype, device_key(q.device.index))
-            schedule = choose(p, tuple(candidates), REFERENCE_BACKWARD, probe, probe)
-        return backward_plan(call, scale, mask_grad, schedule)
+    def run(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, is_causal: bool,
+        scale: float, mask_grad: bool, seeds: Tensor | None = None, dropout_p: float = 0.0,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        p = prepared(q, k, v, mask, is_causal, scale, None, seeds, dropout_p)
+        dq, dk, dv, dmask = plan(call_of(p, grad, out, lse))
+        return dq, dk, dv, dmask.view(mask.shape) if mask is not None and mask_grad else dmask
 
-    key = ("sdpa_backward", *p.key, key_of(call.grad), key_of(call.out), key_of(call.lse), scale, mask_grad)
-    dq, dk, dv, dmask = planned(key, build)(call)
-    return dq, dk, dv, dmask.view(mask.shape) if mask is not None and mask_grad else dmask
+    return run

@@ -10,12 +10,13 @@ dropped follows from the row's seed and from how far the key is from the first o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from bicompile.lowering.gpu.launch import checked
+from bicompile.lowering.gpu.launch import on_gpu
 
 _LIB = torch.library.Library("bicompile", "FRAGMENT")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -46,10 +47,10 @@ def _(
     seeds: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    _check_op("sdpa", q, k, v, mask, seeds, dropout_p)
+    check_op("sdpa", q, k, v, mask, seeds, dropout_p)
     batch, heads, queries, _ = q.shape
     out = q.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
-    lse = q.new_empty((batch, heads, queries), dtype=_statistics_dtype(q.dtype))
+    lse = q.new_empty((batch, heads, queries), dtype=statistics_dtype(q.dtype))
     return out, lse
 
 
@@ -77,7 +78,7 @@ def _(
     seeds: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_op("sdpa_backward", q, k, v, mask, seeds, dropout_p)
+    check_op("sdpa_backward", q, k, v, mask, seeds, dropout_p)
     expected = (*q.shape[:3], v.shape[3])
     torch._check(
         grad.shape == expected and out.shape == expected,
@@ -90,7 +91,7 @@ def _(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dmask
 
 
-def _check_op(
+def check_op(
     op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seeds: Tensor | None, dropout_p: float
 ) -> None:
     """What the ops themselves take: four dims, nothing broadcast but the mask."""
@@ -163,7 +164,7 @@ torch.library.register_autograd("bicompile::sdpa", _backward, setup_context=_set
 torch.library.register_autograd("bicompile::sdpa_backward", _refuse_second_derivative, lib=_LIB)
 
 
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -352,49 +353,25 @@ def _mask_for(mask: Tensor, lead: torch.Size, heads: int) -> Tensor:
     return mask.expand(*lead, *mask.shape[-3:]).reshape(math.prod(lead), *mask.shape[-3:])
 
 
-def _cuda(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    rows: Tensor | None = None,
-    seeds: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    from .gpu import sdpa  # late: importing the op must not import triton
-
-    checked(_check_op, "sdpa", q, k, v, mask, seeds, dropout_p)
-    return sdpa(q, k, v, mask, is_causal, scale, rows, seeds, dropout_p)
+# -- CUDA: the kernels are imported at the first call, because importing the op must not import triton.
 
 
-def _cuda_mask_rows(mask: Tensor, is_causal: bool) -> Tensor:
-    from .problem import mask_rows  # late: importing the op must not import triton
+@on_gpu(_LIB, "sdpa")
+def _() -> Callable[..., tuple[Tensor, Tensor]]:
+    from .gpu import sdpa
 
-    return mask_rows(mask, is_causal)
-
-
-def _cuda_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    is_causal: bool,
-    scale: float,
-    mask_grad: bool,
-    seeds: Tensor | None = None,
-    dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from .gpu_backward import sdpa_backward  # late: importing the op must not import triton
-
-    checked(_check_op, "sdpa_backward", q, k, v, mask, seeds, dropout_p)
-    return sdpa_backward(grad, q, k, v, mask, out, lse, is_causal, scale, mask_grad, seeds, dropout_p)
+    return sdpa
 
 
-_LIB.impl("sdpa", _cuda, "CUDA")
-_LIB.impl("mask_rows", _cuda_mask_rows, "CUDA")
-_LIB.impl("sdpa_backward", _cuda_backward, "CUDA")
+@on_gpu(_LIB, "mask_rows")
+def _() -> Callable[..., Tensor]:
+    from .problem import mask_rows
+
+    return mask_rows
+
+
+@on_gpu(_LIB, "sdpa_backward")
+def _() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    from .gpu_backward import sdpa_backward
+
+    return sdpa_backward

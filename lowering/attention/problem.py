@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bicompile.dropout import threshold_of
-from bicompile.lowering.gpu.launch import Launch, key_of, on_device, planned
+from bicompile.lowering.gpu.launch import Launch, Planned, new_dense
 
 from .order import HIDDEN_BELOW, GpuAttentionOrder, gpu_order_for
 from .rows_kernel import rows_kernel
@@ -26,8 +26,7 @@ TYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """One call, checked: four dims, dense last dims, a mask with a stride of 0 where it is broadcast."""
 
     q: Tensor
@@ -39,13 +38,6 @@ class Problem:
     rows: Tensor | None = None  # of the mask, where they have been read before
     seeds: Tensor | None = None  # one of each query row, dense; None without dropout
     dropout_p: float = 0.0
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """All that a plan may depend on."""
-        loose = [None if t is None else key_of(t) for t in (self.mask, self.rows, self.seeds)]
-        tensors = (key_of(self.q), key_of(self.k), key_of(self.v), *loose)
-        return (*tensors, self.causal, self.scale, self.dropout_p)
 
     @property
     def order(self) -> GpuAttentionOrder:
@@ -124,27 +116,39 @@ def problem_of(
     op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float,
     rows: Tensor | None = None, seeds: Tensor | None = None, dropout_p: float = 0.0,
 ) -> Problem:  # fmt: skip
-    """Check what the fake kernel does not, and bring the inputs into the form that the kernels take."""
+    """Check what the fake kernel does not, and bring the inputs into the form that the kernels take.
+
+    Raises:
+        ValueError: the sizes are none that the kernels take.
+    """
     if k.shape[1] == 0 and q.shape[1] or k.shape[1] and q.shape[1] % k.shape[1]:
         raise ValueError(f"bicompile::{op}: {q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
     if max(q.shape[3], v.shape[3]) > 256:
         raise ValueError(
             f"bicompile::{op}: heads of depth {q.shape[3]} and {v.shape[3]}; the GPU kernels take up to 256"
         )
-    if scale <= 0.0:  # the kernels take the maximum before they multiply
-        q, scale = (torch.zeros_like(q), 1.0) if scale == 0.0 else (-q, -scale)
-    q, k, v = (t if t.stride(3) == 1 or t.shape[3] <= 1 else t.contiguous() for t in (q, k, v))
-    if mask is not None:
+    p = prepared(q, k, v, mask, causal, scale, rows, seeds, dropout_p)
+    if p.mask is not None:
         full = (*q.shape[:3], k.shape[2])
-        mask = _four_dims(mask)
-        sizes = zip(mask.shape, full, strict=True)
-        if any(size not in (1, wanted) for size, wanted in sizes):
+        if any(size not in (1, wanted) for size, wanted in zip(p.mask.shape, full, strict=True)):
             raise ValueError(
                 f"bicompile::{op}: expected a mask that broadcasts to [batch, heads, queries, keys] = {full}, got "
-                f"{tuple(mask.shape)}"
+                f"{tuple(p.mask.shape)}"
             )
-        if rows is not None and rows.shape != (3, *mask.shape[:2], q.shape[2]):
+        if rows is not None and rows.shape != (3, *p.mask.shape[:2], q.shape[2]):
             raise ValueError(f"bicompile::{op}: rows of shape {tuple(rows.shape)} are not those of this mask")
+    return p
+
+
+def prepared(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, rows: Tensor | None = None,
+    seeds: Tensor | None = None, dropout_p: float = 0.0,
+) -> Problem:  # fmt: skip
+    """The inputs in the form that the kernels take, without a check."""
+    if scale <= 0.0:  # the kernels take the maximum before they multiply
+        q, scale = (torch.zeros_like(q), 1.0) if scale == 0.0 else (-q, -scale)
+    q, k, v = [t if t.stride(3) == 1 or t.shape[3] <= 1 else t.contiguous() for t in (q, k, v)]
+    mask = None if mask is None else _four_dims(mask)
     seeds = None if seeds is None or dropout_p == 0.0 else seeds.contiguous()
     return Problem(q, k, v, mask, causal, scale, rows, seeds, dropout_p)
 
@@ -152,7 +156,7 @@ def problem_of(
 def _four_dims(mask: Tensor) -> Tensor:
     """``mask`` as the kernels take it."""
     mask = mask.view(torch.uint8) if mask.dtype == torch.bool else mask
-    return mask[(None,) * (4 - mask.dim())]
+    return mask if mask.dim() == 4 else mask[(None,) * (4 - mask.dim())]
 
 
 def _kind(mask: Tensor) -> str:
@@ -197,22 +201,29 @@ def row_info(p: Problem) -> RowInfo:
     return RowInfo(*rows.unbind(0))
 
 
-@on_device
-def mask_rows(mask: Tensor, is_causal: bool) -> Tensor:
+@Planned
+def mask_rows(mask: Tensor, is_causal: bool) -> Callable[..., Tensor]:
     """``[3, batch, heads, queries]`` of int32 for a mask of ``[batch, heads, queries, keys]``; see ``RowInfo``."""
-    return _read_rows(_four_dims(mask), mask.shape[-2], mask.shape[-1], is_causal)
+    queries, keys = mask.shape[-2:]
+    read = _read_rows.build(_four_dims(mask), queries, keys, is_causal)
+    return lambda mask, is_causal: read(_four_dims(mask), queries, keys, is_causal)
 
 
-def _read_rows(mask: Tensor, queries: int, keys: int, causal: bool) -> Tensor:
-    batch, heads = mask.shape[:2]
-    found = torch.empty((3, batch, heads, queries), dtype=torch.int32, device=mask.device)
+@Planned
+def _read_rows(mask: Tensor, queries: int, keys: int, causal: bool) -> Callable[..., Tensor]:
+    """``mask_rows`` of a mask that may be broadcast along queries and keys."""
+    (batch, heads), device = mask.shape[:2], mask.device.index
+    new = new_dense(mask, (3, batch, heads, queries), torch.int32)
+    if batch * heads * queries == 0:
+        return lambda *arguments: new()
     rows, cols = (1, 1024) if queries < 64 else (4, 512)
+    grid, sizes = (cdiv(queries, rows), batch * heads), (queries, keys, heads)
+    constants = (rows, cols, _kind(mask), causal, _hidden(mask))
+    launch = Launch(rows_kernel, grid, (*sizes, *mask_strides(mask)), constants, 4)
 
-    def build() -> Launch:
-        constants = (rows, cols, _kind(mask), causal, _hidden(mask))
-        grid, sizes = (cdiv(queries, rows), batch * heads), (queries, keys, heads)
-        return Launch(rows_kernel, grid, (*sizes, *mask_strides(mask)), constants, 4)
+    def run(mask: Tensor, queries: int, keys: int, causal: bool) -> Tensor:
+        found = new()
+        launch(device, mask, *found.unbind(0))
+        return found
 
-    if found.numel():
-        planned(("mask rows", key_of(mask), queries, keys, causal), build)(mask.device.index, mask, *found.unbind(0))
-    return found
+    return run

@@ -53,12 +53,12 @@ class Admission:
 
     Args:
         family: its name.
-        sources: the files whose change makes every verdict void.
+        sources: the files whose change makes every verdict void, as does a change of what launches kernels.
     """
 
     def __init__(self, family: str, sources: Sequence[Path]) -> None:
         self.family = family
-        self._sources = tuple(sources)
+        self._sources = (*(Path(__file__).with_name(name) for name in ("launch.py", "driver.py")), *sources)
         self._known: dict[int, dict[str, Verdict]] = {}
         _FAMILIES[family] = self
 

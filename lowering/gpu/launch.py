@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from .driver import driver_launch
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether kernels run under Triton's interpreter, on CPU tensors."""
+
+
+Describe = Callable[[Tensor], Any]
+"""Makes the descriptor by which a kernel reads or writes a tensor through TMA."""
 
 
 class Launch:
@@ -26,10 +33,11 @@ class Launch:
         integers: the arguments that follow the tensors.
         constants: the ``constexpr`` arguments that follow those.
         warps, stages: Triton's ``num_warps`` and ``num_stages``.
+        described: which tensors, by their places, the kernel takes by descriptor, and how these are made.
         options: other options of Triton's compiler.
     """
 
-    __slots__ = ("kernel", "grid", "tail", "options", "again")
+    __slots__ = ("kernel", "grid", "tail", "described", "options", "again")
 
     def __init__(
         self,
@@ -39,35 +47,56 @@ class Launch:
         constants: Sequence[Any],
         warps: int,
         stages: int = 1,
+        described: Mapping[int, Describe] | None = None,
         **options: Any,
     ) -> None:
         self.kernel, self.grid = kernel, (*grid, 1, 1)[:3]
-        self.tail = (*integers, *constants)
+        self.tail, self.described = (*integers, *constants), described or {}
         # A product must not be fused with its addition, here or there, as the compiler likes.
         self.options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False, **options}
-        self.again: Callable[[int, tuple[Any, ...]], None] | None = None
+        self.again: Relaunch | None = None
 
     def __call__(self, device: int, *tensors: Any) -> None:
         """Launch on the current stream of CUDA device ``device``, which must be the current one."""
         if self.again is not None:
             self.again(torch._C._cuda_getCurrentRawStream(device), tensors)
             return
-        compiled = self.kernel[self.grid](*tensors, *self.tail, **self.options)
+        arguments = self.arguments(tensors)
+        compiled = self.kernel[self.grid](*arguments, **self.options)
         if not INTERPRETED:
-            self.again = relaunch(compiled, self.grid, tensors, self.tail)
+            self.again = self._relaunch(compiled, arguments, len(tensors))
 
+    def arguments(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
+        """All that the kernel is given for ``tensors``."""
+        return (*[self.described[i](t) if i in self.described else t for i, t in enumerate(tensors)], *self.tail)
+
+    def _relaunch(self, compiled: Any, arguments: tuple[Any, ...], count: int) -> Relaunch:
+        """What launches the compiled kernel from now on, of whose ``arguments`` the first ``count`` are tensors."""
+        again = static_launch(compiled, self.grid, arguments, count) or driver_launch(compiled, self.grid, arguments)
+        if again is not None:
+            return again
+        runner = compiled[self.grid]
+        return lambda stream, tensors: runner(*self.arguments(tensors), stream=stream)
+
+
+Relaunch = Callable[[int, tuple[Any, ...]], None]
+"""Launches a kernel on a stream, for tensors that lie like those that it was compiled for."""
 
 _CODES = {"i32": "i", "i64": "l", "fp32": "f"}
 """Numbers as PyTorch's launcher names their types; an address is an ``O``."""
 
 
-def relaunch(
-    compiled: Any, grid: tuple[int, ...], tensors: tuple[Any, ...], tail: tuple[Any, ...]
-) -> Callable[[int, tuple[Any, ...]], None]:
-    """What launches a compiled kernel on a stream and other tensors.
+def static_launch(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any], count: int) -> Relaunch | None:
+    """The launch of a kernel by PyTorch's own launcher of Triton's, which Inductor uses.
 
-    It is PyTorch's own launcher of Triton's kernels, which Inductor uses and which takes half of the time of Triton's,
-    for kernels that take addresses and numbers and ask for nothing special; Triton's for all others.
+    It takes half of the time of Triton's.  None where there is no such launcher, and for kernels that take anything but
+    addresses and numbers or ask for something special.
+
+    Args:
+        compiled: what Triton made at the first launch.
+        grid: programs along the three axes.
+        arguments: the kernel's, of which the first ``count`` are tensors.
+        count: see there.
     """
     launcher, metadata = getattr(torch._C, "_StaticCudaLauncher", None), compiled.metadata
     types = list(compiled.src.signature.values())
@@ -75,10 +104,9 @@ def relaunch(
     scratch = [getattr(metadata, f"{kind}_scratch_size", None) for kind in ("global", "profile")]
     special = (metadata.launch_pdl, metadata.launch_cooperative_grid, metadata.num_ctas > 1, *scratch)
     if launcher is None or "?" in codes or any(special):
-        runner = compiled[grid]
-        return lambda stream, tensors: runner(*tensors, *tail, stream=stream)
-    launch, count = launcher._launch_kernel, len(tensors)
-    numbers = [value for code, value in zip(codes[count:], tail, strict=True) if code]
+        return None
+    launch = launcher._launch_kernel
+    numbers = [value for code, value in zip(codes[count:], arguments[count:], strict=True) if code]
     unused = [None for size in scratch if size is not None]  # scratch memory of no bytes
     head = (compiled.function, *grid, metadata.num_warps, metadata.shared, "".join(codes) + "O" * len(unused))
     rest = (*numbers, *unused)
@@ -89,62 +117,167 @@ def relaunch(
     return run
 
 
-Plan = Callable[..., Any]
-_PLANS: dict[Any, Plan] = {}
+def describe(descriptor: Any) -> Describe:
+    """What makes a descriptor like ``descriptor``, Triton's or Gluon's, of another tensor of the same layout."""
+    descriptor.base = None  # what is kept must not keep a tensor alive
+
+    def of(base: Tensor) -> Any:
+        moved = copy.copy(descriptor)
+        moved.base = base
+        return moved
+
+    return of
+
+
+Result = TypeVar("Result")
+_PLANS: dict[Any, Callable[..., Any]] = {}
 _MAX_PLANS = 8192
 
 
-def planned(key: Any, build: Callable[[], Plan]) -> Plan:
-    """The plan under ``key``, built where there is none yet.  Forgets all where there are too many.
+class Planned(Generic[Result]):
+    """A function of tensors on a GPU, from ``build``, which plans it.
 
-    One built while a CUDA graph is captured is not kept: nothing could be probed for it.
+    ``build(*args)`` checks its arguments, of which the first is a tensor, and returns a plan, to be called with the
+    same arguments.  The plan is kept, and is all that runs when tensors with the same shapes, strides, dtypes, device
+    and alignment to 16 bytes come again, and other arguments that are equal.  Both run with the tensors' device as the
+    current one: Triton launches on that.
+
+    A plan that is built while a CUDA graph is captured is not kept: nothing could be probed for it.
+
+    Args:
+        build: makes a plan.
+        setting: of the same arguments, what else the plan depends on, such as a setting of PyTorch's.
     """
-    plan = _PLANS.get(key)
-    if plan is None:
-        plan = build()
-        if not is_capturing():
-            if len(_PLANS) >= _MAX_PLANS:
-                _PLANS.clear()
-            _PLANS[key] = plan
-    return plan
+
+    __name__: str
+
+    def __init__(
+        self, build: Callable[..., Callable[..., Result]], setting: Callable[..., Hashable] | None = None
+    ) -> None:
+        self.build, self.setting = build, setting
+        functools.update_wrapper(self, build)
+
+    def __call__(self, *args: Any) -> Result:
+        device = args[0].get_device()
+        if device >= 0 and device != torch._C._cuda_getDevice():
+            with torch.cuda.device(device):
+                return self.plan(*args)(*args)
+        return self.plan(*args)(*args)
+
+    def plan(self, *args: Any) -> Callable[..., Result]:
+        """The plan for ``args``, whose device must be the current one.
+
+        Raises:
+            ValueError: the tensors are not all on one device.
+        """
+        key = (
+            self.build,
+            self.setting and self.setting(*args),
+            *[
+                (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x
+                for x in args
+            ],
+        )
+        plan: Callable[..., Result] | None = _PLANS.get(key)
+        if plan is None:
+            devices = sorted({str(x.device) for x in args if isinstance(x, Tensor)})
+            if len(devices) > 1:
+                name = self.__name__.strip("_")
+                raise ValueError(f"{name}: expected tensors on one device, got some on {' and '.join(devices)}")
+            plan = self.build(*args)
+            if not is_capturing():
+                if len(_PLANS) >= _MAX_PLANS:
+                    _PLANS.clear()
+                _PLANS[key] = plan
+        return plan
 
 
-_CHECKED: set[Any] = set()
+class Late(Generic[Result]):
+    """The function that ``find()`` imports, which happens at the first call."""
+
+    def __init__(self, find: Callable[[], Callable[..., Result]]) -> None:
+        self.find = functools.cache(find)
+
+    def __call__(self, *args: Any) -> Result:
+        return self.find()(*args)
 
 
-def checked(check: Callable[..., None], *args: Any) -> None:
-    """Call ``check(*args)``, once for tensors of the same shapes and dtypes: it takes longer than a launch."""
-    key = (check, *[(a.shape, a.dtype) if isinstance(a, Tensor) else a for a in args])
-    if key not in _CHECKED:
-        check(*args)
-        if len(_CHECKED) >= _MAX_PLANS:
-            _CHECKED.clear()
-        _CHECKED.add(key)
+ON_GPU: dict[str, Late[Any]] = {}
+"""What computes an op of ours on a GPU, by its name."""
 
 
-def new_dense(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """A new contiguous tensor of ``shape``, of the dtype and on the device of ``like``, which is the current one.
+def on_gpu(library: torch.library.Library, op: str) -> Callable[[Callable[[], Callable[..., Any]]], None]:
+    """Register the function that the decorated one imports and returns as what computes ``op`` on a GPU.
 
-    On a GPU it is made as Inductor's graphs make theirs, in a third of the time of ``new_empty``.
+    It is imported at the first call, because importing an op must not import Triton.
     """
+
+    def register(find: Callable[[], Callable[..., Any]]) -> None:
+        ON_GPU[op] = Late(find)
+        library.impl(op, ON_GPU[op], "CUDA")
+
+    return register
+
+
+def new_dense(
+    like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None, order: Sequence[int] | None = None
+) -> Callable[[], Tensor]:
+    """What makes new dense tensors of ``shape`` on the device of ``like``, which must be the current one then.
+
+    They have the dtype of ``like`` if no other is given, and their dims lie in memory in ``order``, the outermost
+    first, or else as they come.  On a GPU they are made as Inductor's graphs make theirs, in a third of the time of
+    ``torch.empty``.
+    """
+    shape, strides, step = tuple(shape), [1] * len(shape), 1
+    for dim in reversed(range(len(shape)) if order is None else order):
+        strides[dim] = step
+        step *= shape[dim] or 1
+    dtype = like.dtype if dtype is None else dtype
     if not like.is_cuda:
-        return like.new_empty(shape)
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size or 1
+        return functools.partial(torch.empty_strided, shape, tuple(strides), dtype=dtype, device=like.device)
     empty: Callable[..., Tensor] = torch._C._dynamo.guards._empty_strided_cuda  # type: ignore[attr-defined]
-    return empty(tuple(shape), tuple(strides[::-1]), like.dtype)
+    return functools.partial(empty, shape, tuple(strides), dtype)
+
+
+class Site:
+    """A call in compiled code of an op on a GPU, whose arguments look alike every time but for their addresses.
+
+    So its plan is found once, and then only the addresses are looked at.  A tensor that is not aligned to 16 bytes
+    takes the way of all other calls.
+
+    Args:
+        op: its name, without ``bicompile::``.
+    """
+
+    __slots__ = ("function", "found")
+
+    def __init__(self, op: str) -> None:
+        self.function: Late[Any] = ON_GPU[op]
+        # Which arguments are tensors, and the plan: together, as another thread may be reading them.
+        self.found: tuple[tuple[int, ...], Callable[..., Any]] = (), self._first
+
+    def __call__(self, *args: Any) -> Any:
+        tensors, plan = self.found
+        addresses = 0
+        for place in tensors:
+            addresses |= args[place].data_ptr()
+        return self.function(*args) if addresses % 16 else plan(*args)
+
+    def _first(self, *args: Any) -> Any:
+        """Run by the plan for ``args``, and keep it if it serves the calls to come."""
+        function = self.function.find()
+        if not isinstance(function, Planned):
+            self.found = (), function
+            return function(*args)
+        plan, tensors = function.plan(*args), tuple(i for i, x in enumerate(args) if isinstance(x, Tensor))
+        if not is_capturing() and all(args[i].data_ptr() % 16 == 0 for i in tensors):
+            self.found = tensors, plan
+        return plan(*args)
 
 
 def is_capturing() -> bool:
     """Whether the current stream is being captured into a CUDA graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-
-
-def key_of(x: Tensor) -> tuple[Any, ...]:
-    """All that a plan may depend on in a tensor."""
-    return x.shape, x.stride(), x.dtype, x.device.index, x.data_ptr() % 16 == 0
 
 
 def on_device(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -30,8 +30,8 @@ def recorded(name: str, call: Callable[..., Any], *arguments: Any) -> list[Compi
     """
     found: list[Compilation] = []
 
-    def record(launch: Launch, device: int, *arguments: Any) -> None:
-        found.append(_compilation(f"{name}, launch {len(found)}", launch, arguments))
+    def record(launch: Launch, device: int, *tensors: Any) -> None:
+        found.append(_compilation(f"{name}, launch {len(found)}", launch, launch.arguments(tensors)))
 
     with mock.patch.object(Launch, "__call__", record):
         call(*arguments)
@@ -42,7 +42,7 @@ def _compilation(name: str, launch: Launch, arguments: tuple[Any, ...]) -> Compi
     kernel = launch.kernel
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
-    for parameter, value in zip(kernel.params, (*arguments, *launch.tail), strict=True):
+    for parameter, value in zip(kernel.params, arguments, strict=True):
         if parameter.is_constexpr or value is None:
             constants[parameter.name] = value
         elif isinstance(value, Tensor):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bicompile.lowering.gpu.admission import Admission
 from bicompile.lowering.gpu.device import device_key
-from bicompile.lowering.gpu.launch import INTERPRETED, is_capturing, key_of, new_dense, on_device, planned
+from bicompile.lowering.gpu.launch import INTERPRETED, Planned, is_capturing, new_dense
 
 from . import cublaslt, probes
 from .problem import Problem, problem_of
@@ -38,40 +38,77 @@ _PROBE_ELEMENTS = 1 << 24
 """Elements of a factor of a probe at full size: as many as keep the probe's memory below 200 MB."""
 
 
-def mm(a: Tensor, b: Tensor) -> Tensor:
+def _tf32(a: Tensor, *_: Any) -> bool:
+    """Whether the elements of ``a`` may be rounded to TF32."""
+    return a.dtype == torch.float32 and allows_tf32()
+
+
+_planned = functools.partial(Planned, setting=_tf32)
+
+
+@_planned
+def mm(a: Tensor, b: Tensor) -> Callable[..., Tensor]:
     """``a @ b`` of ``[M, K]`` and ``[K, N]``."""
-    return _product(a, b, None)
+    return _product(a, b)
 
 
-def bmm(a: Tensor, b: Tensor) -> Tensor:
+@_planned
+def bmm(a: Tensor, b: Tensor) -> Callable[..., Tensor]:
     """``a @ b`` of ``[B, M, K]`` and ``[B, K, N]``."""
-    return _product(a, b, None)
+    return _product(a, b)
 
 
-def addmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+@_planned
+def addmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Callable[..., Tensor]:
     """``beta * c + alpha * (a @ b)``, every operation rounded to the dtype; with ``beta`` 0, ``c`` is not looked at."""
-    if alpha == 1 and beta == 1:
-        return _product(a, b, c.expand(*a.shape[:-1], b.shape[-1]))
-    y = _product(a, b, None)
-    if alpha != 1:
-        y = y * alpha
-    return y if beta == 0 else y + (c if beta == 1 else c * beta)
+    return _affine(c, a, b, beta, alpha)
 
 
-def baddbmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+@_planned
+def baddbmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Callable[..., Tensor]:
     """:func:`addmm` for each of a batch."""
-    return addmm(c, a, b, beta, alpha)
+    return _affine(c, a, b, beta, alpha)
 
 
-@on_device
-def _product(a: Tensor, b: Tensor, c: Tensor | None) -> Tensor:
-    """``a @ b``, or ``a @ b + c`` with ``c`` of the result's shape."""
-    tf32 = a.dtype == torch.float32 and allows_tf32()
-    key = ("matmul", key_of(a), key_of(b), tf32, c is None)
-    runner = planned(key, lambda: _plan(problem_of(a, b, a.dtype, tf32, c is not None), a.device))
-    out = new_dense(a, (*a.shape[:-1], b.shape[-1]))
-    runner(a, b, c, out)
-    return out
+def _product(a: Tensor, b: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """``a @ b``."""
+    runner, new = _runner(a, b, add=False), new_dense(a, (*a.shape[:-1], b.shape[-1]))
+
+    def run(a: Tensor, b: Tensor) -> Tensor:
+        out = new()
+        runner(a, b, None, out)
+        return out
+
+    return run
+
+
+def _affine(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Callable[..., Tensor]:
+    """``beta * c + alpha * (a @ b)``."""
+    if alpha == 1 and beta == 1:
+        shape = (*a.shape[:-1], b.shape[-1])
+        runner, new = _runner(a, b, add=True), new_dense(a, shape)
+
+        def run(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+            out = new()
+            runner(a, b, c.expand(shape), out)
+            return out
+
+        return run
+
+    product = _product(a, b)
+
+    def run_scaled(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
+        y = product(a, b)
+        if alpha != 1:
+            y = y * alpha
+        return y if beta == 0 else y + (c if beta == 1 else c * beta)
+
+    return run_scaled
+
+
+def _runner(a: Tensor, b: Tensor, add: bool) -> Runner:
+    """That of the schedule preferred for these factors."""
+    return _preferred(problem_of(a, b, a.dtype, _tf32(a), add), a.device)
 
 
 def allows_tf32() -> bool:
@@ -79,7 +116,7 @@ def allows_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-def _plan(problem: Problem, device: torch.device) -> Runner:
+def _preferred(problem: Problem, device: torch.device) -> Runner:
     """The runner of the first schedule among the preferences that is admitted."""
     p = problem
     if min(p.batch, p.m, p.n) == 0:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bicompile.lowering.gpu.launch import INTERPRETED, Launch, key_of, on_device, planned
+from bicompile.lowering.gpu.launch import INTERPRETED, Launch, Planned, new_dense
 
 from . import gpu
 from .gpu_kernels import grouped_depths_kernel, grouped_rows_kernel
@@ -28,32 +28,30 @@ _MANY = TileSchedule(128, 128, 64, warps=8, stages=3)
 SCHEDULES = (*(schedule for _, schedule in _BY_ROWS), _MANY, REFERENCES[torch.bfloat16])
 
 
-@on_device
 def grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """See :func:`bicompile.lowering.matmul.grouped.grouped_mm`; the groups are known on the device only."""
     if a.dim() == 3:  # columns of groups: rows of groups of the transposed product
         return grouped_mm(b.t(), a.transpose(1, 2), ends).t().contiguous()
-    tf32 = a.dtype == torch.float32 and gpu.allows_tf32()
-    key = ("grouped", key_of(a), key_of(b), ends.shape, ends.dtype, tf32)
-    return planned(key, lambda: _plan(a, b, ends, tf32))(a, b, ends)
+    return _grouped(a, b, ends, a.dtype == torch.float32 and gpu.allows_tf32())
 
 
-def _plan(a: Tensor, b: Tensor, ends: Tensor, tf32: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """What computes the product of tensors of these sizes."""
+@Planned
+def _grouped(a: Tensor, b: Tensor, ends: Tensor, tf32: bool) -> Callable[..., Tensor]:
+    """The groups' products, where those of ``a`` are rows or lie along the inner dim."""
     by_rows = b.dim() == 3
     groups = ends.shape[0]
     shape = (a.shape[0], b.shape[2]) if by_rows else (groups, a.shape[0], b.shape[1])
     if 0 in shape or groups == 0:
-        return lambda a, b, ends: a.new_zeros(shape)
+        return lambda a, b, ends, tf32: a.new_zeros(shape)
     problem = problem_of(a, b[0] if by_rows else b, a.dtype, tf32, add=False)
     schedule = _preferred(problem, groups, by_rows)
     if not INTERPRETED and not _is_admitted(schedule, problem, by_rows, a.device):
         schedule = REFERENCES[a.dtype]
     launch = _launch(schedule, problem, b.stride(0) if by_rows else 0, groups, by_rows)
-    device = a.device.index
+    device, new = a.device.index, new_dense(a, shape)
 
-    def run(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-        out = a.new_empty(shape)
+    def run(a: Tensor, b: Tensor, ends: Tensor, tf32: bool) -> Tensor:
+        out = new()
         launch(device, a, b, ends, out)
         return out
 

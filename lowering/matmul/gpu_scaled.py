@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
 from torch import Tensor
 
 from bicompile.lowering.gpu.device import device_key
-from bicompile.lowering.gpu.launch import INTERPRETED, Launch, key_of, on_device, planned
+from bicompile.lowering.gpu.launch import INTERPRETED, Launch, Planned, new_dense
 
 from . import gpu
 from .gpu_kernels import scaled_kernel
@@ -33,30 +32,14 @@ SCHEDULES = (*(schedule for _, schedule in BY_ROWS), MANY)
 _OLDEST = (8, 9)
 
 
+@Planned
 def scaled_mm(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """``(a @ b) * a_scale * b_scale``, rounded to ``out_dtype``; then ``bias`` is added, which rounds again."""
-    return _scaled(a, b, a_scale, b_scale, bias, out_dtype)
-
-
-@on_device
-def _scaled(
-    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    key = (
-        *("scaled", key_of(a), key_of(b), out_dtype),
-        *(None if t is None else (t.shape, t.stride(), t.data_ptr() % 16) for t in (a_scale, b_scale, bias)),
-    )
-    launch = planned(key, lambda: _plan(a, b, a_scale, b_scale, bias, out_dtype))
-    out = a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype)
-    launch(a.device.index, a, b, a_scale, b_scale, out if bias is None else bias, out)
-    return out
-
-
-def _plan(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Any:
+    new, device = new_dense(a, (a.shape[0], b.shape[1]), out_dtype), a.device.index
     if a.shape[0] * b.shape[1] == 0:
-        return lambda *arguments: None
+        return lambda *arguments: new()
     if not INTERPRETED and (capability := device_key(a.device.index).capability) < _OLDEST:
         raise NotImplementedError(
             f"bicompile::scaled_mm: expected sm_89 or newer, which have 8-bit tensor cores, got "
@@ -67,7 +50,16 @@ def _plan(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor |
     wanted = next((schedule for most, schedule in BY_ROWS if problem.m <= most), MANY)
     if wanted != REFERENCE and not INTERPRETED and not is_admitted(wanted, problem, a.device):
         wanted = REFERENCE
-    return _launch(wanted, problem, steps)
+    launch = _launch(wanted, problem, steps)
+
+    def run(
+        a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+    ) -> Tensor:
+        out = new()
+        launch(device, a, b, a_scale, b_scale, out if bias is None else bias, out)
+        return out
+
+    return run
 
 
 def _step(scale: Tensor) -> int:

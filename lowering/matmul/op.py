@@ -11,8 +11,12 @@ one's sums round to the bits of the whole ``mm``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from bicompile.lowering.gpu.launch import on_gpu
 
 from . import grouped
 from .order import order_for
@@ -174,51 +178,50 @@ def _checked_addend(op: str, c: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    from . import gpu  # late: importing the op must not import triton
-
-    return gpu.mm(a, b)
+# -- CUDA: the kernels are imported at the first call, because importing the op must not import triton.
 
 
-def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    from . import gpu
+@on_gpu(_LIB, "mm")
+def _() -> Callable[..., Tensor]:
+    from .gpu import mm
 
-    return gpu.bmm(a, b)
-
-
-def _addmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
-    from . import gpu
-
-    return gpu.addmm(c, a, b, beta, alpha)
+    return mm
 
 
-def _baddbmm(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
-    from . import gpu
+@on_gpu(_LIB, "bmm")
+def _() -> Callable[..., Tensor]:
+    from .gpu import bmm
 
-    return gpu.baddbmm(c, a, b, beta, alpha)
-
-
-_LIB.impl("mm", _mm, "CUDA")
-_LIB.impl("bmm", _bmm, "CUDA")
-_LIB.impl("addmm", _addmm, "CUDA")
-_LIB.impl("baddbmm", _baddbmm, "CUDA")
+    return bmm
 
 
-def _grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    from . import gpu_grouped
+@on_gpu(_LIB, "addmm")
+def _() -> Callable[..., Tensor]:
+    from .gpu import addmm
 
-    return gpu_grouped.grouped_mm(a, b, ends)
-
-
-def _scaled_mm(
-    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> Tensor:
-    from . import gpu_scaled
-
-    return gpu_scaled.scaled_mm(a, b, a_scale, b_scale, bias, out_dtype)
+    return addmm
 
 
-_LIB.impl("grouped_mm", _grouped_mm, "CUDA")
-_LIB.impl("scaled_mm", _scaled_mm, "CUDA")
+@on_gpu(_LIB, "baddbmm")
+def _() -> Callable[..., Tensor]:
+    from .gpu import baddbmm
+
+    return baddbmm
+
+
+@on_gpu(_LIB, "grouped_mm")
+def _() -> Callable[..., Tensor]:
+    from .gpu_grouped import grouped_mm
+
+    return grouped_mm
+
+
+@on_gpu(_LIB, "scaled_mm")
+def _() -> Callable[..., Tensor]:
+    from .gpu_scaled import scaled_mm
+
+    return scaled_mm
+
+
 _LIB.impl("grouped_mm", grouped.grouped_mm, "CPU")
 _LIB.impl("scaled_mm", grouped.scaled_mm, "CPU")

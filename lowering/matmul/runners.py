@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bicompile.lowering.gpu.launch import INTERPRETED, Launch
+from bicompile.lowering.gpu.launch import INTERPRETED, Describe, Launch
 
 from . import cublaslt
 from .gpu_kernels import stream_kernel, tile_kernel
@@ -71,21 +71,24 @@ def stream_runner(schedule: StreamSchedule, problem: Problem, device: int) -> Ru
     a_strides, b_strides, out_strides = [p.a_step, 1], [p.b_step, 1], [p.n, 1]
     out_block = [s.block_m, s.block_n // s.parts]
 
+    def described(shape: list[int], strides: list[int], block: list[int]) -> Describe:
+        return lambda base: TensorDescriptor(base, shape, strides, block)
+
+    maps = {
+        0: described(a_shape, a_strides, a_block),
+        1: described(b_shape, b_strides, b_block),
+        3: described([p.m, p.n], out_strides, out_block),
+    }
+
     @functools.cache
     def launch_for(c_strides: tuple[int, ...], aligned: bool) -> Launch:
         integers = (p.m, p.n, p.k, *c_strides)
-        return Launch(stream_kernel, (min(programs, tiles),), integers, constants, s.warps, s.stages)
+        return Launch(stream_kernel, (min(programs, tiles),), integers, constants, s.warps, s.stages, maps)
 
     def run(a: Tensor, b: Tensor, c: Tensor | None, out: Tensor) -> None:
         addend = out if c is None else c
         launch = launch_for((0, 0) if c is None else addend.stride(), addend.data_ptr() % ALIGNED == 0)
-        launch(
-            device,
-            TensorDescriptor(a, a_shape, a_strides, a_block),
-            TensorDescriptor(b, b_shape, b_strides, b_block),
-            addend,
-            TensorDescriptor(out, [p.m, p.n], out_strides, out_block),
-        )
+        launch(device, a, b, addend, out)
 
     return run
 

@@ -6,6 +6,7 @@ group norm.  Statistics of longer rows are merged as in ``reduction.gpu_statisti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bicompile.lowering.gpu.grouping import flat_rows, in_groups, rows_in_cache
-from bicompile.lowering.gpu.launch import Launch, key_of, on_device, planned
+from bicompile.lowering.gpu.launch import Launch, Planned, new_dense
 from bicompile.lowering.gpu.rows import (
     Cut,
     Level,
@@ -32,6 +33,8 @@ from bicompile.lowering.gpu.selftest import require_rows
 from bicompile.lowering.reduction.gpu import FOLLOWS_BATCH, Rows, finish
 from bicompile.lowering.reduction.gpu_statistics import merged_moments, moments, squares_of
 from bicompile.lowering.reduction.schedule import row_schedule_for
+
+from .op import check_group_norm, check_layer_norm
 
 
 @triton.jit
@@ -219,47 +222,68 @@ def _norm_step(
 # -- The ops ----------------------------------------------------------------------------------------------------------
 
 
-@on_device
-def _norm(
+Norm = Callable[[Tensor, Tensor | None, Tensor | None], Outputs]
+"""y, mean and rstd from x, weight and bias."""
+
+
+def _plan(
     x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float, parameters: Parameters
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y like ``x``, [..., n], and one mean and rstd for each row, of ``shape``."""
+) -> Norm:
+    """The norm of ``x``, [..., n], with one mean and rstd for each row, of ``shape``."""
     compute = compute_dtype(x.dtype)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    mean, rstd = (torch.empty(shape, dtype=compute, device=x.device) for _ in range(2))
+    new_y, new_statistic = new_dense(x, x.shape), new_dense(x, shape, compute)
     if x.numel() == 0:
-        return y, mean.fill_(float("nan")), rstd.fill_(float("nan"))
+        return lambda x, weight, bias: (new_y(), new_statistic().fill_(math.nan), new_statistic().fill_(math.nan))
     at = rows_of(x)
-    if at is None:
-        x = x.contiguous()
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    key = ("norm", parameters, eps, key_of(x), *(None if t is None else key_of(t) for t in (weight, bias)))
+    if at is None or any(t is not None and not t.is_contiguous() for t in (weight, bias)):
+        of_dense = _plan(x.contiguous(), shape, _contiguous(weight), _contiguous(bias), eps, parameters)
+        return lambda x, weight, bias: of_dense(x.contiguous(), _contiguous(weight), _contiguous(bias))
+    step = plan_norm(at, x, compute, parameters, eps)
 
-    def build() -> Callable[..., None]:
-        at = rows_of(x)
-        assert at is not None
-        return plan_norm(at, x, compute, parameters, eps)
+    def run(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Outputs:
+        out = new_y(), new_statistic(), new_statistic()
+        step(x, weight, bias, out)
+        return out
 
-    planned(key, build)(x, weight, bias, (y, mean, rstd))
-    return y, mean, rstd
+    return run
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+@Planned
 def layer_norm(
     x: Tensor, normalized_dims: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[..., Outputs]:
     """y, mean and rstd; a row is the last ``normalized_dims`` dims of ``x``."""
-    first = x.dim() - normalized_dims
-    shape = (*x.shape[:first], *([1] * normalized_dims))
-    y, mean, rstd = _norm(x.flatten(first), shape, weight, bias, eps, Parameters())
-    return y.view(x.shape), mean, rstd
+    check_layer_norm(x, normalized_dims, weight, bias)
+    first, like = x.dim() - normalized_dims, x.shape
+    norm = _plan(x.flatten(first), (*like[:first], *([1] * normalized_dims)), weight, bias, eps, Parameters())
+    if normalized_dims == 1:
+        return lambda x, normalized_dims, weight, bias, eps: norm(x, weight, bias)
+
+    def run(x: Tensor, normalized_dims: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Outputs:
+        y, mean, rstd = norm(x.flatten(first), weight, bias)
+        return y.view(like), mean, rstd
+
+    return run
 
 
+@Planned
 def group_norm(
     x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Callable[..., Outputs]:
     """y, mean and rstd, both [N, groups]; a row is one group of channels of one sample."""
-    y, mean, rstd = _norm(by_group(x, groups), (x.shape[0], groups), weight, bias, eps, of_channels(x, groups))
-    return y.view(x.shape), mean, rstd
+    check_group_norm(x, groups, weight, bias)
+    like = x.shape
+    norm = _plan(by_group(x, groups), (like[0], groups), weight, bias, eps, of_channels(x, groups))
+
+    def run(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Outputs:
+        y, mean, rstd = norm(by_group(x, groups), weight, bias)
+        return y.view(like), mean, rstd
+
+    return run
 
 
 def by_group(x: Tensor, groups: int) -> Tensor:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bicompile.lowering.gpu.launch import Launch, key_of, on_device, planned
+from bicompile.lowering.gpu.launch import Launch, Planned, new_dense
 from bicompile.lowering.gpu.rows import (
     Cut,
     compute_dtype,
@@ -28,6 +28,12 @@ from bicompile.lowering.reduction.gpu_statistics import MERGED_ON_THE_WAY, dense
 from bicompile.lowering.reduction.schedule import columns_schedule_for, row_schedule_for
 
 from .gpu import Parameters, by_group, load_parameter, of_channels, rows_of
+from .op import (
+    check_group_norm_backward,
+    check_group_norm_backward_params,
+    check_layer_norm_backward,
+    check_layer_norm_backward_params,
+)
 
 
 @triton.jit(do_not_specialize=FOLLOWS_BATCH)
@@ -247,70 +253,77 @@ def _dense(x: Tensor) -> Tensor:
     return x if rows_of(x) is not None else x.contiguous()
 
 
-@on_device
-def _backward(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, parameters: Parameters
-) -> Tensor:
-    """The gradient of ``x``, [..., n]."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+Gradient = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+"""The gradient of x, from that of y, x, mean, rstd and weight."""
+
+
+def _plan(grad: Tensor, x: Tensor, parameters: Parameters) -> Gradient:
+    """The gradient of rows like those of ``x``, [..., n]."""
+    new = new_dense(x, x.shape)
     if x.numel() == 0:
+        return lambda *arguments: new()
+    rows_of_grad, rows_of_x = (_found(rows_of(_dense(t))) for t in (grad, x))
+    step = _plan_backward(rows_of_grad, rows_of_x, compute_dtype(x.dtype), parameters)
+
+    def run(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None) -> Tensor:
+        out = new()
+        weight = None if weight is None else weight.contiguous()
+        step(_dense(grad), _dense(x), mean.contiguous(), rstd.contiguous(), weight, out)
         return out
-    grad, x, mean, rstd = _dense(grad), _dense(x), mean.contiguous(), rstd.contiguous()
-    weight = None if weight is None else weight.contiguous()
-    tensors = (grad, x, mean, rstd, weight)
-    key = ("norm_backward", parameters, *(None if t is None else key_of(t) for t in tensors))
-    plan = planned(
-        key, lambda: _plan_backward(_found(rows_of(grad)), _found(rows_of(x)), compute_dtype(x.dtype), parameters)
-    )
-    plan(*tensors, out)
-    return out
+
+    return run
 
 
+@Planned
 def layer_norm_backward(
     grad: Tensor, x: Tensor, normalized_dims: int, mean: Tensor, rstd: Tensor, weight: Tensor | None
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """The gradient of ``x``."""
-    first = x.dim() - normalized_dims
-    return _backward(grad.flatten(first), x.flatten(first), mean, rstd, weight, Parameters()).view(x.shape)
+    check_layer_norm_backward(grad, x, normalized_dims, mean, rstd, weight)
+    first, like = x.dim() - normalized_dims, x.shape
+    gradient = _plan(grad.flatten(first), x.flatten(first), Parameters())
+    return lambda grad, x, _, *others: gradient(grad.flatten(first), x.flatten(first), *others).view(like)
 
 
+@Planned
 def group_norm_backward(
     grad: Tensor, x: Tensor, groups: int, mean: Tensor, rstd: Tensor, weight: Tensor | None
-) -> Tensor:
+) -> Callable[..., Tensor]:
     """The gradient of ``x``."""
-    g, rows = by_group(grad, groups), by_group(x, groups)
-    return _backward(g, rows, mean, rstd, weight, of_channels(x, groups)).view(x.shape)
+    check_group_norm_backward(grad, x, groups, mean, rstd, weight)
+    like, gradient = x.shape, _plan(by_group(grad, groups), by_group(x, groups), of_channels(x, groups))
+    return lambda grad, x, _, *others: gradient(by_group(grad, groups), by_group(x, groups), *others).view(like)
 
 
-@on_device
-def _parameters(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, shape: torch.Size, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    weight, bias = (torch.empty(shape, dtype=dtype, device=x.device) for _ in range(2))
-    if weight.numel() == 0 or x.numel() == 0:
-        return weight.zero_(), bias.zero_()
-    tensors = (_dense(grad), _dense(x), mean.contiguous(), rstd.contiguous())
-    key = ("norm_parameters", dtype, *map(key_of, tensors))
-    plan = planned(
-        key,
-        lambda: _plan_parameters(_found(rows_of(tensors[0])), _found(rows_of(tensors[1])), compute_dtype(x.dtype)),
-    )
-    plan(*tensors, weight, bias)
-    return weight, bias
-
-
+@Planned
 def layer_norm_backward_params(
     grad: Tensor, x: Tensor, normalized_dims: int, mean: Tensor, rstd: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+) -> Callable[..., tuple[Tensor, Tensor]]:
     """The gradients of weight and bias, summed over the rows."""
+    check_layer_norm_backward_params(grad, x, normalized_dims, mean, rstd, dtype)
     first = x.dim() - normalized_dims
-    return _parameters(grad.flatten(first), x.flatten(first), mean, rstd, x.shape[first:], dtype)
+    new = new_dense(x, x.shape[first:], dtype)
+    if x.shape[first:].numel() == 0 or x.numel() == 0:
+        return lambda *arguments: (new().zero_(), new().zero_())
+    rows_of_grad, rows_of_x = (_found(rows_of(_dense(t.flatten(first)))) for t in (grad, x))
+    step = _plan_parameters(rows_of_grad, rows_of_x, compute_dtype(x.dtype))
+
+    def run(
+        grad: Tensor, x: Tensor, normalized_dims: int, mean: Tensor, rstd: Tensor, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        weight, bias = new(), new()
+        tensors = _dense(grad.flatten(first)), _dense(x.flatten(first)), mean.contiguous(), rstd.contiguous()
+        step(*tensors, weight, bias)
+        return weight, bias
+
+    return run
 
 
 def group_norm_backward_params(
     grad: Tensor, x: Tensor, groups: int, mean: Tensor, rstd: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The gradients of weight and bias: sums over the samples and over the elements of a channel."""
+    check_group_norm_backward_params(grad, x, groups, mean, rstd, dtype)
     compute = compute_dtype(x.dtype)
     center, scale = (t.to(compute).reshape(x.shape[0], groups, 1) for t in (mean, rstd))
     # One op after the other: each rounds, as in the fused kernel of the layer norm.

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from bicompile.lowering.gpu.launch import INTERPRETED, Launch, key_of, new_dense, on_device, planned
+from bicompile.lowering.gpu.launch import INTERPRETED, Launch, Planned, new_dense
 from bicompile.lowering.gpu.rows import (
     Cut,
     compute_dtype,
@@ -28,6 +28,7 @@ from bicompile.lowering.reduction.gpu import FOLLOWS_BATCH, Fold, Rows, finish, 
 from bicompile.lowering.reduction.schedule import row_schedule_for
 
 from .gpu import load_parameter, rows_of
+from .op import check_rms_norm
 
 
 @triton.jit
@@ -93,9 +94,10 @@ def _rms_norm_kernel(
     store_section(out_ptr + rows * n + start, ys, rows, num_rows, left, ROWS, LANES, CHUNKS, WHOLE)
 
 
-def _plan(
+def _step(
     at: Rows, compute: torch.dtype, eps: float, round_first: bool
 ) -> Callable[[Tensor, Tensor | None, Tensor], None]:
+    """What writes the norm of rows that lie ``at`` a place into a tensor of the same shape."""
     require_rows(at.device)
     cut, rows, index = Cut.of(at.cols.count, compute), at.rows.count, at.device.index
     chosen = row_schedule_for(rows, cut.lanes, cut.chunks, cut.sections)
@@ -121,25 +123,23 @@ def _plan(
     return run
 
 
-@on_device
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float, round_first: bool) -> Tensor:
+@Planned
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, round_first: bool) -> Callable[..., Tensor]:
     """``x * rsqrt(mean_square(x) + eps) * weight`` over the last dim, contiguous, in the dtype of ``x``.
 
     With ``round_first``, it is rounded to that dtype before it is multiplied by ``weight``.
     """
-    weight = None if weight is None else weight.contiguous()
+    check_rms_norm(x, weight)
+    new = new_dense(x, x.shape)
+    if x.numel() == 0:
+        return lambda *arguments: new()
+    if (at := rows_of(x)) is None or not (weight is None or weight.is_contiguous()):
+        return lambda x, weight, *how: rms_norm(x.contiguous(), None if weight is None else weight.contiguous(), *how)
+    step = _step(at, compute_dtype(x.dtype), eps, round_first)
 
-    def build() -> Callable[[Tensor, Tensor | None, Tensor], None]:
-        if x.numel() == 0:
-            return lambda x, weight, out: None
-        if (at := rows_of(x)) is not None:
-            return _plan(at, compute_dtype(x.dtype), eps, round_first)
-        dense = rows_of(x.contiguous())
-        assert dense is not None
-        run = _plan(dense, compute_dtype(x.dtype), eps, round_first)
-        return lambda x, weight, out: run(x.contiguous(), weight, out)
+    def run(x: Tensor, weight: Tensor | None, eps: float, round_first: bool) -> Tensor:
+        out = new()
+        step(x, weight, out)
+        return out
 
-    key = ("rms_norm", eps, round_first, key_of(x), None if weight is None else key_of(weight))
-    out = new_dense(x, x.shape)
-    planned(key, build)(x, weight, out)
-    return out
+    return run

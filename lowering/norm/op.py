@@ -11,12 +11,12 @@ from the sum of squares and rounded once, and the gradients of a group norm's pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from bicompile.lowering.gpu.launch import checked
+from bicompile.lowering.gpu.launch import on_gpu
 from bicompile.lowering.reduction.op import check_floating
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -146,97 +146,120 @@ def _(x: Tensor, weight: Tensor | None, eps: float, round_first: bool) -> Tensor
 # -- CUDA: the kernels are imported at the first call, because importing the op must not import triton.
 
 
-def _check_layer_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, bias: Tensor | None) -> None:
+def check_layer_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, bias: Tensor | None) -> None:
+    """What the fake kernel leaves to the sizes at hand."""
     _check_dtypes("layer_norm", x=x, weight=weight, bias=bias)
     _check_normalized_dims("layer_norm", x, normalized_dims)
     _check_sizes("layer_norm", x.shape[x.dim() - normalized_dims :], weight=weight, bias=bias)
 
 
-def _layer_norm_cuda(
-    x: Tensor, normalized_dims: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+@on_gpu(_LIB, "layer_norm")
+def _() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     from .gpu import layer_norm
 
-    checked(_check_layer_norm, x, normalized_dims, weight, bias)
-    return layer_norm(x, normalized_dims, weight, bias, eps)
+    return layer_norm
 
 
-def _layer_norm_backward_cuda(
+def check_layer_norm_backward(
     grad: Tensor, x: Tensor, normalized_dims: int, mean: Tensor, rstd: Tensor, weight: Tensor | None
-) -> Tensor:
-    from .gpu_backward import layer_norm_backward
-
+) -> None:
+    """What the fake kernel leaves to the sizes at hand."""
     _check_dtypes("layer_norm_backward", grad=grad, x=x, mean=mean, rstd=rstd, weight=weight)
     _check_normalized_dims("layer_norm_backward", x, normalized_dims)
     first = x.dim() - normalized_dims
     _check_sizes("layer_norm_backward", x.shape, grad=grad)
     _check_sizes("layer_norm_backward", x.shape[first:], weight=weight)
     _check_counts("layer_norm_backward", x.shape[:first].numel(), mean=mean, rstd=rstd)
-    return layer_norm_backward(grad, x, normalized_dims, mean, rstd, weight)
 
 
-def _layer_norm_backward_params_cuda(
+@on_gpu(_LIB, "layer_norm_backward")
+def _() -> Callable[..., Tensor]:
+    from .gpu_backward import layer_norm_backward
+
+    return layer_norm_backward
+
+
+def check_layer_norm_backward_params(
     grad: Tensor, x: Tensor, normalized_dims: int, mean: Tensor, rstd: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    from .gpu_backward import layer_norm_backward_params
-
+) -> None:
+    """What the fake kernel leaves to the sizes at hand."""
     _check_dtypes("layer_norm_backward_params", grad=grad, x=x, mean=mean, rstd=rstd)
     check_floating("layer_norm_backward_params", "dtype", dtype)
     _check_normalized_dims("layer_norm_backward_params", x, normalized_dims)
     _check_sizes("layer_norm_backward_params", x.shape, grad=grad)
     rows = x.shape[: x.dim() - normalized_dims].numel()
     _check_counts("layer_norm_backward_params", rows, mean=mean, rstd=rstd)
-    return layer_norm_backward_params(grad, x, normalized_dims, mean, rstd, dtype)
 
 
-def _group_norm_cuda(
-    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    from .gpu import group_norm
+@on_gpu(_LIB, "layer_norm_backward_params")
+def _() -> Callable[..., tuple[Tensor, Tensor]]:
+    from .gpu_backward import layer_norm_backward_params
 
+    return layer_norm_backward_params
+
+
+def check_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> None:
+    """What the fake kernel leaves to the sizes at hand."""
     _check_dtypes("group_norm", x=x, weight=weight, bias=bias)
     _check_groups("group_norm", x, groups)
     _check_sizes("group_norm", x.shape[1:2], weight=weight, bias=bias)
-    return group_norm(x, groups, weight, bias, eps)
 
 
-def _group_norm_backward_cuda(
+@on_gpu(_LIB, "group_norm")
+def _() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    from .gpu import group_norm
+
+    return group_norm
+
+
+def check_group_norm_backward(
     grad: Tensor, x: Tensor, groups: int, mean: Tensor, rstd: Tensor, weight: Tensor | None
-) -> Tensor:
-    from .gpu_backward import group_norm_backward
-
+) -> None:
+    """What the fake kernel leaves to the sizes at hand."""
     _check_dtypes("group_norm_backward", grad=grad, x=x, mean=mean, rstd=rstd, weight=weight)
     _check_groups("group_norm_backward", x, groups)
     _check_sizes("group_norm_backward", x.shape, grad=grad)
     _check_sizes("group_norm_backward", x.shape[1:2], weight=weight)
     _check_counts("group_norm_backward", x.shape[0] * groups, mean=mean, rstd=rstd)
-    return group_norm_backward(grad, x, groups, mean, rstd, weight)
 
 
-def _group_norm_backward_params_cuda(
+@on_gpu(_LIB, "group_norm_backward")
+def _() -> Callable[..., Tensor]:
+    from .gpu_backward import group_norm_backward
+
+    return group_norm_backward
+
+
+def check_group_norm_backward_params(
     grad: Tensor, x: Tensor, groups: int, mean: Tensor, rstd: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    from .gpu_backward import group_norm_backward_params
-
+) -> None:
+    """What the fake kernel leaves to the sizes at hand."""
     _check_dtypes("group_norm_backward_params", grad=grad, x=x, mean=mean, rstd=rstd)
     check_floating("group_norm_backward_params", "dtype", dtype)
     _check_groups("group_norm_backward_params", x, groups)
     _check_sizes("group_norm_backward_params", x.shape, grad=grad)
     _check_counts("group_norm_backward_params", x.shape[0] * groups, mean=mean, rstd=rstd)
-    return group_norm_backward_params(grad, x, groups, mean, rstd, dtype)
 
 
-def _check_rms_norm(x: Tensor, weight: Tensor | None) -> None:
+@on_gpu(_LIB, "group_norm_backward_params")
+def _() -> Callable[..., tuple[Tensor, Tensor]]:
+    from .gpu_backward import group_norm_backward_params
+
+    return group_norm_backward_params
+
+
+def check_rms_norm(x: Tensor, weight: Tensor | None) -> None:
+    """What the fake kernel leaves to the sizes at hand."""
     _check_dtypes("rms_norm", x=x, weight=weight)
     _check_normalized_dims("rms_norm", x, 1)
     _check_sizes("rms_norm", x.shape[-1:], weight=weight)
 
 
-def _rms_norm_cuda(x: Tensor, weight: Tensor | None, eps: float, round_first: bool) -> Tensor:
+@on_gpu(_LIB, "rms_norm")
+def _() -> Callable[..., Tensor]:
     from .gpu_rms import rms_norm
 
-    checked(_check_rms_norm, x, weight)
-    return rms_norm(x, weight, eps, round_first)
+    return rms_norm
 
 
 def _check_sizes(op: str, shape: Sequence[int], **tensors: Tensor | None) -> None:
@@ -259,9 +282,3 @@ def _check_counts(op: str, rows: int, **tensors: Tensor) -> None:
                 f"{tuple(tensor.shape)}; pass what the forward op returned"
             ),
         )
-
-
-_LIB.impl("rms_norm", _rms_norm_cuda, "CUDA")
-for _name in ("layer_norm", "group_norm"):
-    for _part in ("", "_backward", "_backward_params"):
-        _LIB.impl(_name + _part, globals()[f"_{_name}{_part}_cuda"], "CUDA")

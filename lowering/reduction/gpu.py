@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from bicompile.lowering.gpu.launch import Launch, key_of, on_device, planned
+from bicompile.lowering.gpu.launch import Launch, Planned, new_dense
 from bicompile.lowering.gpu.rows import (
     Cut,
     Level,
@@ -418,7 +418,7 @@ _OF_NOTHING = {"mean": math.nan, "mean_square": math.nan, "prod": 1.0}
 
 def reduce(name: str, x: Tensor, dim: Sequence[int], keepdim: bool, dtype: torch.dtype) -> Tensor:
     """``bicompile::sum`` and its kin, by name."""
-    return _folded(name, FOLDS[name], x, dim, keepdim, dtype, _OF_NOTHING.get(name, 0.0))
+    return _folded(x, name, FOLDS[name], tuple(dim), keepdim, dtype, _OF_NOTHING.get(name, 0.0))
 
 
 def vector_norm(x: Tensor, ord: float, dim: Sequence[int], keepdim: bool, dtype: torch.dtype) -> Tensor:
@@ -433,23 +433,19 @@ def vector_norm(x: Tensor, ord: float, dim: Sequence[int], keepdim: bool, dtype:
         fold = Fold("larger" if ord > 0 else "smaller", "magnitude")
     else:
         fold = Fold(pre="power", post="power", ord=ord, power=1 / ord)
-    return _folded("vector_norm", fold, x, dim, keepdim, dtype, 0.0)
+    return _folded(x, "vector_norm", fold, tuple(dim), keepdim, dtype, 0.0)
 
 
-@on_device
-def _fold_on_device(x: Tensor, out: Tensor, dims: set[int], fold: Fold, key: Any) -> None:
-    planned(key, lambda: plan_fold(x, dims, fold, compute_dtype(out.dtype)))(x, out)
-
-
+@Planned
 def _folded(
-    op: str, fold: Fold, x: Tensor, dim: Sequence[int], keepdim: bool, dtype: torch.dtype, of_nothing: float
-) -> Tensor:
+    x: Tensor, op: str, fold: Fold, dim: tuple[int, ...], keepdim: bool, dtype: torch.dtype, of_nothing: float
+) -> Callable[..., Tensor]:
     check_floating(op, "x", x.dtype)
     check_floating(op, "dtype", dtype)
     shape = reduced_shape(op, x, dim, keepdim)
-    out = torch.empty(shape, dtype=dtype, device=x.device)
-    if out.numel() == 0:
-        return out
+    new = new_dense(x, shape, dtype)
+    if math.prod(shape) == 0:
+        return lambda x, *how: new()
     if x.numel() == 0:
         torch._check(
             fold.how in ("add", "multiply"),
@@ -458,7 +454,12 @@ def _folded(
                 "give the reduced dims a size"
             ),
         )
-        return out.fill_(of_nothing)
-    dims = reduced_dims(op, dim, x.dim())
-    _fold_on_device(x, out, dims, fold, ("fold", fold, tuple(dims), dtype, key_of(x)))
-    return out
+        return lambda x, *how: new().fill_(of_nothing)
+    step = plan_fold(x, reduced_dims(op, dim, x.dim()), fold, compute_dtype(dtype))
+
+    def run(x: Tensor, *how: Any) -> Tensor:
+        out = new()
+        step(x, out)
+        return out
+
+    return run

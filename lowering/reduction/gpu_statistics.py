@@ -11,14 +11,16 @@ a section are its largest element and the sum of ``exp(x - largest)``; they merg
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bicompile.lowering.gpu.launch import Launch, key_of, on_device, planned
+from bicompile.lowering.gpu.launch import Launch, Planned, new_dense
 from bicompile.lowering.gpu.rows import (
     Cut,
     Level,
@@ -433,52 +435,55 @@ def _rows_of(x: Tensor, dims: set[int], columns: bool) -> tuple[Rows | Columns, 
 # -- The ops ----------------------------------------------------------------------------------------------------------
 
 
-def _plan_var(x: Tensor, dims: set[int], degrees: float, root: bool) -> Callable[[Tensor, Pair], None]:
+@Planned
+def _var(x: Tensor, dim: tuple[int, ...], correction: float, keepdim: bool, root: bool) -> Callable[..., Pair]:
+    check_floating("var", "x", x.dtype)
+    shape = reduced_shape("var", x, dim, keepdim)
+    new, count = new_dense(x, shape), math.prod(shape)
+    if count == 0:
+        return lambda x, *how: (new(), new())
+    if x.numel() == 0:
+        return lambda x, *how: (new().fill_(math.nan), new().fill_(math.nan))
     require_rows(x.device)
-    at, prepare = _rows_of(x, dims, columns=True)
+    at, prepare = _rows_of(x, reduced_dims("var", dim, x.dim()), columns=True)
+    degrees = max(x.numel() // count - correction, 0.0)
     step, _ = moments(at, compute_dtype(x.dtype), ("divide_root" if root else "divide", degrees))
-    return lambda x, out: step(prepare(x), out) and None
 
+    def run(x: Tensor, *how: Any) -> Pair:
+        result, mean = new(), new()
+        step(prepare(x), (mean, result))
+        return result, mean
 
-@on_device
-def _var_on_device(x: Tensor, out: Pair, dims: set[int], degrees: float, root: bool) -> None:
-    key = ("var", tuple(dims), degrees, root, key_of(x))
-    planned(key, lambda: _plan_var(x, dims, degrees, root))(x, out)
+    return run
 
 
 def var(x: Tensor, dim: Sequence[int], correction: float, keepdim: bool, sqrt: bool) -> Pair:
     """Variance, or if ``sqrt`` its root, and mean; the squared distances are divided by ``max(n - correction, 0)``."""
-    check_floating("var", "x", x.dtype)
-    shape = reduced_shape("var", x, dim, keepdim)
-    result, mean = (torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    if result.numel() and not x.numel():
-        return result.fill_(float("nan")), mean.fill_(float("nan"))
-    if result.numel():
-        dims = reduced_dims("var", dim, x.dim())
-        degrees = max(x.numel() // result.numel() - correction, 0.0)
-        _var_on_device(x, (mean, result), dims, degrees, sqrt)
-    return result, mean
+    return _var(x, tuple(dim), correction, keepdim, sqrt)
 
 
-def _plan_logsumexp(x: Tensor, dims: set[int]) -> Callable[[Tensor, Tensor], None]:
+@Planned
+def _logsumexp(x: Tensor, dim: tuple[int, ...], keepdim: bool) -> Callable[..., Tensor]:
+    check_floating("logsumexp", "x", x.dtype)
+    shape = reduced_shape("logsumexp", x, dim, keepdim)
+    new = new_dense(x, shape)
+    if math.prod(shape) == 0:
+        return lambda x, *how: new()
+    if x.numel() == 0:
+        return lambda x, *how: new().fill_(-math.inf)
     require_rows(x.device)
-    at, prepare = _rows_of(x, dims, columns=False)
+    at, prepare = _rows_of(x, reduced_dims("logsumexp", dim, x.dim()), columns=False)
     assert isinstance(at, Rows)
     step, _ = powers(at, compute_dtype(x.dtype), last="lse", fast=False)
-    return lambda x, out: step(prepare(x), (out, out)) and None
 
+    def run(x: Tensor, *how: Any) -> Tensor:
+        out = new()
+        step(prepare(x), (out, out))
+        return out
 
-@on_device
-def _logsumexp_on_device(x: Tensor, out: Tensor, dims: set[int]) -> None:
-    planned(("logsumexp", tuple(dims), key_of(x)), lambda: _plan_logsumexp(x, dims))(x, out)
+    return run
 
 
 def logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool) -> Tensor:
     """``log(sum(exp(x)))``, the largest element of each row taken out of the exponentials."""
-    check_floating("logsumexp", "x", x.dtype)
-    out = torch.empty(reduced_shape("logsumexp", x, dim, keepdim), dtype=x.dtype, device=x.device)
-    if out.numel() and not x.numel():
-        return out.fill_(float("-inf"))
-    if out.numel():
-        _logsumexp_on_device(x, out, reduced_dims("logsumexp", dim, x.dim()))
-    return out
+    return _logsumexp(x, tuple(dim), keepdim)

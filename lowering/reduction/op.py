@@ -9,10 +9,13 @@ Numerics: the order of ``order.py``.  ``mean_square(x) == mean(x.float() * x.flo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from bicompile.lowering.gpu.launch import on_gpu
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -105,36 +108,33 @@ def _(x: Tensor, dim: Sequence[int], keepdim: bool) -> Tensor:
 
 
 def _impl_sum(name: str) -> None:
-    def cuda(x: Tensor, dim: Sequence[int], keepdim: bool, dtype: torch.dtype) -> Tensor:
+    @on_gpu(_LIB, name)
+    def _() -> Callable[..., Tensor]:
         from .gpu import reduce
 
-        return reduce(name, x, dim, keepdim, dtype)
-
-    _LIB.impl(name, cuda, "CUDA")
+        return functools.partial(reduce, name)
 
 
 for _name in SUMS:
     _impl_sum(_name)
 
 
-def _var_cuda(x: Tensor, dim: Sequence[int], correction: float, keepdim: bool, sqrt: bool) -> tuple[Tensor, Tensor]:
+@on_gpu(_LIB, "var")
+def _() -> Callable[..., tuple[Tensor, Tensor]]:
     from .gpu_statistics import var
 
-    return var(x, dim, correction, keepdim, sqrt)
+    return var
 
 
-def _vector_norm_cuda(x: Tensor, ord: float, dim: Sequence[int], keepdim: bool, dtype: torch.dtype) -> Tensor:
+@on_gpu(_LIB, "vector_norm")
+def _() -> Callable[..., Tensor]:
     from .gpu import vector_norm
 
-    return vector_norm(x, ord, dim, keepdim, dtype)
+    return vector_norm
 
 
-def _logsumexp_cuda(x: Tensor, dim: Sequence[int], keepdim: bool) -> Tensor:
+@on_gpu(_LIB, "logsumexp")
+def _() -> Callable[..., Tensor]:
     from .gpu_statistics import logsumexp
 
-    return logsumexp(x, dim, keepdim)
-
-
-_LIB.impl("var", _var_cuda, "CUDA")
-_LIB.impl("vector_norm", _vector_norm_cuda, "CUDA")
-_LIB.impl("logsumexp", _logsumexp_cuda, "CUDA")
+    return logsumexp

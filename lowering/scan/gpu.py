@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bicompile.lowering.gpu.launch import Launch, key_of, on_device, planned
+from bicompile.lowering.gpu.launch import Launch, Planned, new_dense
 from bicompile.lowering.gpu.rows import Level, divide, exponential, larger, row_offsets, triton_type
-from bicompile.lowering.reduction.op import canonical_dim
 
+from .op import check_scan
 from .order import gpu_order_for
 from .schedule import schedule_for
 from .selftest import require_scans
@@ -264,21 +265,43 @@ def _rows_of(x: Tensor, dim: int) -> Rows | None:
 # -- The ops ----------------------------------------------------------------------------------------------------------
 
 
-@on_device
-def scan(x: Tensor, how: str, dim: int, dtype: torch.dtype) -> Tensor:
-    """Running sums, products or log-sum-exps of ``x``, converted to ``dtype`` first, along ``dim``; contiguous."""
-    dim = canonical_dim({"add": "cumsum", "multiply": "cumprod"}.get(how, "logcumsumexp"), dim, x.dim())
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+@Planned
+def cumsum(x: Tensor, dim: int, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Running sums of ``x``, converted to ``dtype`` first, along ``dim``; contiguous."""
+    check_scan("cumsum", x, dim, dtype)
+    return _plan(x, "add", dim, dtype)
+
+
+@Planned
+def cumprod(x: Tensor, dim: int, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """Running products of ``x``, converted to ``dtype`` first, along ``dim``; contiguous."""
+    check_scan("cumprod", x, dim, dtype)
+    return _plan(x, "multiply", dim, dtype)
+
+
+@Planned
+def logcumsumexp(x: Tensor, dim: int) -> Callable[..., Tensor]:
+    """The logarithms of the running sums of ``exp(x)`` along ``dim``; contiguous."""
+    check_scan("logcumsumexp", x, dim, x.dtype)
+    return _plan(x, "logaddexp", dim, x.dtype)
+
+
+def _plan(x: Tensor, how: str, dim: int, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """A scan of tensors that lie like ``x``."""
+    new = new_dense(x, x.shape, dtype)
     if x.numel() == 0:
-        return out
+        return lambda x, *arguments: new()
+    require_scans(x.device)
     wide = x.reshape(1) if x.dim() == 0 else x
-    wide = wide if _rows_of(wide, dim) is not None else wide.contiguous()
+    dim = dim % wide.dim()
+    dense = _rows_of(wide, dim) is None
+    at = _rows_of(wide.contiguous() if dense else wide, dim)
+    assert at is not None
+    step = plan_scan(at, how, dtype, gpu_order_for(dtype).accumulate, "inclusive")
 
-    def build() -> Step:
-        require_scans(wide.device)
-        at = _rows_of(wide, dim)
-        assert at is not None
-        return plan_scan(at, how, dtype, gpu_order_for(dtype).accumulate, "inclusive")
+    def run(x: Tensor, *arguments: Any) -> Tensor:
+        out = new()
+        step(x.contiguous() if dense else x, out)
+        return out
 
-    planned(("scan", how, dim, dtype, key_of(wide)), build)(wide, out)
-    return out
+    return run

@@ -6,8 +6,12 @@ scans (``cumprod`` also with a row sum).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from bicompile.lowering.gpu.launch import on_gpu
 
 _LIB = torch.library.Library("bicompile", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -18,7 +22,8 @@ _LIB.define("logcumsumexp(Tensor x, int dim) -> Tensor", tags=_TAGS)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def _check(op: str, x: Tensor, dim: int, dtype: torch.dtype) -> None:
+def check_scan(op: str, x: Tensor, dim: int, dtype: torch.dtype) -> None:
+    """Raise unless ``op`` takes such arguments."""
     rank = max(x.dim(), 1)
     torch._check(
         -rank <= dim < rank,
@@ -35,7 +40,7 @@ def _check(op: str, x: Tensor, dim: int, dtype: torch.dtype) -> None:
 
 
 def _scan_fake(op: str, x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    _check(op, x, dim, dtype)
+    check_scan(op, x, dim, dtype)
     return x.new_empty(x.shape, dtype=dtype)
 
 
@@ -57,27 +62,22 @@ def _(x: Tensor, dim: int) -> Tensor:
 # -- CUDA: the kernels are imported at the first call, because importing the op must not import triton.
 
 
-def _cumsum_cuda(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    from .gpu import scan
+@on_gpu(_LIB, "cumsum")
+def _() -> Callable[..., Tensor]:
+    from .gpu import cumsum
 
-    _check("cumsum", x, dim, dtype)
-    return scan(x, "add", dim, dtype)
-
-
-def _cumprod_cuda(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    from .gpu import scan
-
-    _check("cumprod", x, dim, dtype)
-    return scan(x, "multiply", dim, dtype)
+    return cumsum
 
 
-def _logcumsumexp_cuda(x: Tensor, dim: int) -> Tensor:
-    from .gpu import scan
+@on_gpu(_LIB, "cumprod")
+def _() -> Callable[..., Tensor]:
+    from .gpu import cumprod
 
-    _check("logcumsumexp", x, dim, x.dtype)
-    return scan(x, "logaddexp", dim, x.dtype)
+    return cumprod
 
 
-_LIB.impl("cumsum", _cumsum_cuda, "CUDA")
-_LIB.impl("cumprod", _cumprod_cuda, "CUDA")
-_LIB.impl("logcumsumexp", _logcumsumexp_cuda, "CUDA")
+@on_gpu(_LIB, "logcumsumexp")
+def _() -> Callable[..., Tensor]:
+    from .gpu import logcumsumexp
+
+    return logcumsumexp

@@ -10,6 +10,7 @@ raises.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bicompile.lowering.gpu.device import device_key
-from bicompile.lowering.gpu.launch import INTERPRETED, Launch, on_device, planned
+from bicompile.lowering.gpu.launch import INTERPRETED, Launch, on_device
 
 from .gpu_kernels import (
     canonical_kernel,
@@ -52,14 +53,22 @@ def _launch(
     """Launch ``programs`` programs; with ``debug``, assertions of the kernel are compiled in."""
     layout = tuple(t if t is None else (t.dtype, t.data_ptr() % 16 == 0) for t in tensors)
     index = next(t.device.index for t in tensors if t is not None)
+    options = (("debug", True),) if debug else ()
+    _launch_for(kernel, programs, integers, constants, warps, options, (layout, index))(index, *tensors)
 
-    def build() -> Launch:
-        launch = Launch(kernel, (programs,), integers, constants, warps)
-        if debug:
-            launch.options["debug"] = True
-        return launch
 
-    planned((kernel, programs, layout, index, integers, constants, warps), build)(index, *tensors)
+@functools.lru_cache(8192)
+def _launch_for(
+    kernel: Any,
+    programs: int,
+    integers: tuple[int, ...],
+    constants: tuple[Any, ...],
+    warps: int,
+    options: tuple[tuple[str, Any], ...],
+    like: Any,
+) -> Launch:
+    """A launch for tensors that are ``like`` those of its other calls."""
+    return Launch(kernel, (programs,), integers, constants, warps, **dict(options))
 
 
 def _keys(index: Tensor, count: int, columns: int, wrap: bool = False) -> Tensor:

@@ -7,6 +7,7 @@ statistics of one section, then every program merges those of its row and writes
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bicompile.lowering.gpu.launch import Launch, key_of, on_device, planned
+from bicompile.lowering.gpu.launch import Launch, Planned, new_dense
 from bicompile.lowering.gpu.rows import (
     Cut,
     Level,
@@ -410,63 +411,50 @@ def _backward_by_section(
 # -- The ops ----------------------------------------------------------------------------------------------------------
 
 
-@on_device
-def _softmax_rows(x: Tensor, log: bool, dtype: torch.dtype, safe: bool) -> Tensor:
-    x = _dense(x)
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    key = ("softmax", log, dtype, safe, key_of(x))
-    planned(key, lambda: _plan_softmax(x, dtype, log, safe))(x, out)
-    return out
-
-
-def softmax(x: Tensor, dim: int, log: bool, dtype: torch.dtype, safe: bool = False) -> Tensor:
+@Planned
+def softmax(x: Tensor, dim: int, log: bool, dtype: torch.dtype, safe: bool = False) -> Callable[..., Tensor]:
     """Softmax or log-softmax of ``x`` over ``dim``, contiguous; zeros for rows of nothing but -inf if ``safe``."""
     check_floating("softmax", "x", x.dtype)
     check_floating("softmax", "dtype", dtype)
     torch._check_value(
         not (log and safe), lambda: "bicompile::softmax: expected log or safe, got both; pass safe=False"
     )
-    dim = canonical_dim("softmax", dim, x.dim())
+    rows_last, dim_back = _along(x, canonical_dim("softmax", dim, x.dim()))
+    like = rows_last(x)
+    new = new_dense(x, like.shape, dtype)
     if x.numel() == 0:
-        return torch.empty(x.shape, dtype=dtype, device=x.device)
-    return _along(dim, lambda x: _softmax_rows(x, log, dtype, safe), x)
+        return lambda x, *how: dim_back(new())
+    step = _plan_softmax(_dense(like), dtype, log, safe)
+
+    def run(x: Tensor, *how: Any) -> Tensor:
+        out = new()
+        step(_dense(rows_last(x)), out)
+        return dim_back(out)
+
+    return run
 
 
-@on_device
-def _statistics_of_rows(x: Tensor, shift: Tensor, log_total: Tensor) -> None:
-    x = _dense(x)
-    planned(("softmax_statistics", key_of(x)), lambda: _plan_statistics(x))(x, (shift, log_total))
-
-
-def _plan_statistics(x: Tensor) -> Callable[[Tensor, Pair], Pair]:
-    require_rows(x.device)
-    return powers(_rows(x), compute_dtype(x.dtype), last="log", fast=False)[0]
-
-
-def softmax_statistics(x: Tensor, dim: int) -> Pair:
+@Planned
+def softmax_statistics(x: Tensor, dim: int) -> Callable[..., Pair]:
     """The two numbers that a log-softmax over ``dim`` subtracts from each row, one after the other."""
     check_floating("softmax_statistics", "x", x.dtype)
-    shape = reduced_shape("softmax_statistics", x, [dim], False)
-    shift, log_total = (torch.empty(shape, dtype=compute_dtype(x.dtype), device=x.device) for _ in range(2))
-    if x.numel():
-        _statistics_of_rows(x.movedim(dim, -1) if x.dim() else x.reshape(1), shift, log_total)
-    else:
-        shift.zero_()
-        log_total.fill_(float("-inf"))
-    return shift, log_total
+    new = new_dense(x, reduced_shape("softmax_statistics", x, [dim], False), compute_dtype(x.dtype))
+    if x.numel() == 0:
+        return lambda x, dim: (new().zero_(), new().fill_(-math.inf))
+    require_rows(x.device)
+    rows_last, _ = _along(x, canonical_dim("softmax_statistics", dim, x.dim()))
+    step = powers(_rows(_dense(rows_last(x))), compute_dtype(x.dtype), last="log", fast=False)[0]
+
+    def run(x: Tensor, dim: int) -> Pair:
+        shift, log_total = new(), new()
+        step(_dense(rows_last(x)), (shift, log_total))
+        return shift, log_total
+
+    return run
 
 
-@on_device
-def _backward_rows(grad: Tensor, y: Tensor, log: bool, dtype: torch.dtype) -> Tensor:
-    grad, y = _dense(grad), _dense(y)
-    out = torch.empty(y.shape, dtype=dtype, device=y.device)
-    compute = compute_dtype(torch.float64 if torch.float64 in (dtype, y.dtype) else dtype)
-    key: Any = ("softmax_backward", log, dtype, key_of(grad), key_of(y))
-    planned(key, lambda: _plan_backward(grad, y, dtype, compute, log))(grad, y, out)
-    return out
-
-
-def softmax_backward(grad: Tensor, y: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
+@Planned
+def softmax_backward(grad: Tensor, y: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Callable[..., Tensor]:
     """The gradient of ``softmax``'s input from that of its result ``y``, contiguous."""
     for name, tensor_dtype in (("grad", grad.dtype), ("y", y.dtype), ("dtype", dtype)):
         check_floating("softmax_backward", name, tensor_dtype)
@@ -477,14 +465,29 @@ def softmax_backward(grad: Tensor, y: Tensor, dim: int, log: bool, dtype: torch.
             f"{tuple(grad.shape)} and {tuple(y.shape)}; expand grad first"
         ),
     )
-    dim = canonical_dim("softmax_backward", dim, y.dim())
+    rows_last, dim_back = _along(y, canonical_dim("softmax_backward", dim, y.dim()))
+    like = rows_last(y)
+    new = new_dense(y, like.shape, dtype)
     if y.numel() == 0:
-        return torch.empty(y.shape, dtype=dtype, device=y.device)
-    return _along(dim, lambda grad, y: _backward_rows(grad, y, log, dtype), grad, y)
+        return lambda grad, y, *how: dim_back(new())
+    compute = compute_dtype(torch.float64 if torch.float64 in (dtype, y.dtype) else dtype)
+    step = _plan_backward(_dense(rows_last(grad)), _dense(like), dtype, compute, log)
+
+    def run(grad: Tensor, y: Tensor, *how: Any) -> Tensor:
+        out = new()
+        step(_dense(rows_last(grad)), _dense(rows_last(y)), out)
+        return dim_back(out)
+
+    return run
 
 
-def _along(dim: int, of_rows: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """``of_rows`` of tensors with ``dim`` last, that dim brought back to its place in the contiguous result."""
-    if tensors[0].dim() == 0:
-        return of_rows(*(t.reshape(1) for t in tensors)).reshape(())
-    return of_rows(*(t.movedim(dim, -1) for t in tensors)).movedim(-1, dim).contiguous()
+Move = Callable[[Tensor], Tensor]
+
+
+def _along(x: Tensor, dim: int) -> tuple[Move, Move]:
+    """What brings ``dim`` of tensors like ``x`` to the end, and what brings it back, in a contiguous tensor."""
+    if x.dim() == 0:
+        return lambda x: x.reshape(1), lambda out: out.reshape(())
+    if dim == x.dim() - 1:
+        return lambda x: x, lambda out: out
+    return lambda x: x.movedim(dim, -1), lambda out: out.movedim(-1, dim).contiguous()

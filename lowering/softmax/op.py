@@ -13,9 +13,12 @@ Numerics: the row's exact maximum is subtracted, sums have the order of ``order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from bicompile.lowering.gpu.launch import on_gpu
 from bicompile.lowering.reduction.op import canonical_dim, check_floating, reduced_shape
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -85,31 +88,32 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _softmax_cuda(x: Tensor, dim: int, log: bool, dtype: torch.dtype, safe: bool = False) -> Tensor:
-    from .gpu import softmax  # late: importing the op must not import triton
-
-    return softmax(x, dim, log, dtype, safe)
+# -- CUDA: the kernels are imported at the first call, because importing the op must not import triton.
 
 
-def _softmax_backward_cuda(grad: Tensor, y: Tensor, dim: int, log: bool, dtype: torch.dtype) -> Tensor:
+@on_gpu(_LIB, "softmax")
+def _() -> Callable[..., Tensor]:
+    from .gpu import softmax
+
+    return softmax
+
+
+@on_gpu(_LIB, "softmax_backward")
+def _() -> Callable[..., Tensor]:
     from .gpu import softmax_backward
 
-    return softmax_backward(grad, y, dim, log, dtype)
+    return softmax_backward
 
 
-def _softmax_statistics_cuda(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+@on_gpu(_LIB, "softmax_statistics")
+def _() -> Callable[..., tuple[Tensor, Tensor]]:
     from .gpu import softmax_statistics
 
-    return softmax_statistics(x, dim)
+    return softmax_statistics
 
 
-def _log_probability_backward_cuda(grad: Tensor, x: Tensor, index: Tensor, shift: Tensor, log_total: Tensor) -> Tensor:
+@on_gpu(_LIB, "log_probability_backward")
+def _() -> Callable[..., Tensor]:
     from .gpu_gradient import log_probability_backward
 
-    return log_probability_backward(grad, x, index, shift, log_total)
-
-
-_LIB.impl("softmax", _softmax_cuda, "CUDA")
-_LIB.impl("log_probability_backward", _log_probability_backward_cuda, "CUDA")
-_LIB.impl("softmax_statistics", _softmax_statistics_cuda, "CUDA")
-_LIB.impl("softmax_backward", _softmax_backward_cuda, "CUDA")
+    return log_probability_backward

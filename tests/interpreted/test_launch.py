@@ -1,7 +1,9 @@
-"""``Launch`` hands a kernel its tensors, integers and constants in that order."""
+"""``Launch`` hands a kernel tensors, integers and constants in that order; plans serve calls that look alike."""
 
 from __future__ import annotations
 
+import ctypes
+import struct
 from types import SimpleNamespace
 from unittest import mock
 
@@ -10,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bicompile.lowering.gpu.launch import INTERPRETED, Launch, checked, relaunch
+from bicompile.lowering.gpu import driver, launch
+from bicompile.lowering.gpu.launch import INTERPRETED, Late, Launch, Planned, new_dense, static_launch
 
 
 @triton.jit
@@ -22,10 +25,10 @@ def _scale_kernel(x_ptr, out_ptr, n, factor: tl.constexpr, BLOCK: tl.constexpr):
 
 def test_arguments_arrive_in_order_and_again():
     assert INTERPRETED
-    launch = Launch(_scale_kernel, (3,), integers=(11,), constants=(3, 4), warps=1)
+    scale = Launch(_scale_kernel, (3,), integers=(11,), constants=(3, 4), warps=1)
     for start in (0, 5):
         x, out = torch.arange(start, start + 12.0), torch.zeros(12)
-        launch(0, x, out)
+        scale(0, x, out)
         assert out.tolist() == [*(3 * x[:11]).tolist(), 0.0]
 
 
@@ -41,18 +44,23 @@ def _compiled(**special):
         "B": "constexpr",
     }
     metadata = {"num_warps": 4, "shared": 64, "launch_pdl": False, "launch_cooperative_grid": False, "num_ctas": 1}
+    name = special.pop("name", "kernel")
     metadata |= {"global_scratch_size": 0, "profile_scratch_size": 0, **special}
     runner = mock.Mock()
     compiled = mock.MagicMock(src=SimpleNamespace(signature=types), metadata=SimpleNamespace(**metadata), function=77)
+    compiled.name = name
     compiled.__getitem__.return_value = runner
     return compiled, runner
+
+
+ARGUMENTS = (1, 11, 0.5, 128)
 
 
 def test_later_launches_leave_out_what_is_compiled_in():
     compiled, _ = _compiled()
     x, out = torch.zeros(4), torch.zeros(4, dtype=torch.bfloat16)
     with mock.patch.object(torch._C, "_StaticCudaLauncher", create=True) as launcher:
-        relaunch(compiled, (3, 2, 1), (x, None, out), (1, 11, 0.5, 128))(9, (x, None, out))
+        static_launch(compiled, (3, 2, 1), (x, None, out, *ARGUMENTS), 3)(9, (x, None, out))
     addresses = (x.data_ptr(), out.data_ptr())
     launcher._launch_kernel.assert_called_once_with(77, 3, 2, 1, 4, 64, "OOifOO", (*addresses, 11, 0.5, None, None), 9)
 
@@ -60,23 +68,205 @@ def test_later_launches_leave_out_what_is_compiled_in():
 @pytest.mark.parametrize("special", [{"launch_pdl": True}, {"num_ctas": 2}, {"global_scratch_size": 16}], ids=str)
 def test_a_kernel_that_asks_for_more_is_launched_by_triton(special):
     compiled, runner = _compiled(**special)
-    with mock.patch.object(torch._C, "_StaticCudaLauncher", create=True) as launcher:
-        relaunch(compiled, (3, 2, 1), ("x", None, "out"), (1, 11, 0.5, 128))(9, ("y", None, "into"))
+    scale = Launch(mock.MagicMock(), (3, 2), ARGUMENTS[:3], ARGUMENTS[3:], 4)
+    scale.kernel.__getitem__.return_value.return_value = compiled
+    with (
+        mock.patch.object(torch._C, "_StaticCudaLauncher", create=True) as launcher,
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda device: 9, create=True),
+        mock.patch.object(launch, "driver_launch", lambda *arguments: None),
+        mock.patch.object(launch, "INTERPRETED", False),
+    ):
+        for tensors in (("x", None, "out"), ("y", None, "into")):
+            scale(0, *tensors)
     launcher._launch_kernel.assert_not_called()
-    runner.assert_called_once_with("y", None, "into", 1, 11, 0.5, 128, stream=9)
+    runner.assert_called_once_with("y", None, "into", *ARGUMENTS, stream=9)
 
 
-def test_a_check_that_failed_is_made_again_and_one_that_passed_is_not():
+class Driver:
+    """A driver that knows kernels whose parameters have ``sizes``, and notes what they are launched with."""
+
+    def __init__(self, *sizes, error=0):
+        self.sizes, self.error, self.encoded, self.launched = sizes, error, [], []
+
+    def cuFuncGetParamInfo(self, function, index, offset, size):  # noqa: N802
+        if function != 77 or index >= len(self.sizes):
+            return 1
+        ctypes.c_size_t.from_address(size).value = self.sizes[index]
+        return 0
+
+    def cuTensorMapEncodeTiled(self, at, kind, rank, base, shape, strides, block, steps, *rest):  # noqa: N802
+        assert at % 64 == 0
+        wide = [
+            list((ctypes.c_uint64 * count).from_address(array)) for array, count in ((shape, rank), (strides, rank - 1))
+        ]
+        small = [list((ctypes.c_uint32 * rank).from_address(array)) for array in (block, steps)]
+        self.encoded.append((kind, *wide, *small, *rest))
+        return self.cuTensorMapReplaceAddress(at, base)
+
+    def cuTensorMapReplaceAddress(self, at, base):  # noqa: N802
+        ctypes.c_uint64.from_address(at).value = base
+        return 0
+
+    def cuLaunchKernelEx(self, at, function, parameters, extra):  # noqa: N802
+        config = driver._Config.from_address(at)
+        pointers = (ctypes.c_uint64 * len(self.sizes)).from_address(parameters)
+        values = [ctypes.string_at(pointer, min(size, 8)) for pointer, size in zip(pointers, self.sizes, strict=True)]
+        attributes = (driver._Attribute * config.num_attributes).from_address(config.attributes)
+        pdl = [(a.id, a.value[0]) for a in attributes]
+        grid = (config.grid_x, config.grid_y, config.grid_z, config.block_x, config.block_y, config.block_z)
+        self.launched.append((function, grid, config.shared_bytes, config.stream, pdl, values))
+        return self.error
+
+
+MAP = {"swizzle": 3, "elem_size": 2, "elem_type": 10, "block_size": [1, 64], "fp4_padded": False}
+
+
+def _mapped(base):
+    return SimpleNamespace(base=base, shape=[5, 128], strides=[256, 1], padding="zero")
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+def test_the_driver_is_given_addresses_numbers_and_tensor_maps(pdl: bool):
+    compiled, _ = _compiled(launch_pdl=pdl, tensordesc_meta=[MAP])
+    compiled.src.signature["mask"] = "tensordesc<bf16[1,64]>"
+    library = Driver(8, 128, 4, 4, 8, 8, 8, 4, 4, 8, 8)
+    x, mapped, out = (torch.zeros(4) for _ in range(3))
+    with mock.patch.object(driver, "driver", lambda: library):
+        again = driver.driver_launch(compiled, (3, 2, 1), (x, _mapped(mapped), out, *ARGUMENTS))
+    assert library.encoded == [(9, [128, 5], [512], [64, 1], [1, 1], 0, 3, 2, 0)]
+    tensors = [torch.ones(4) for _ in range(3)]
+    again(9, tensors)
+    again(8, (x, mapped, out))
+    for (function, grid, shared, stream, attributes, values), given, wanted in zip(
+        library.launched, (tensors, (x, mapped, out)), (9, 8), strict=True
+    ):
+        assert (function, grid, shared, stream) == (77, (3, 2, 1, 128, 1, 1), 64, wanted)
+        assert attributes == ([(6, 1)] if pdl else [])
+        addresses = [struct.pack("<Q", t.data_ptr()) for t in given]
+        numbers = [struct.pack("<iiqq", 5, 128, 256, 1)[at : at + n] for at, n in ((0, 4), (4, 4), (8, 8), (16, 8))]
+        scalars = [struct.pack("<i", 11), struct.pack("<f", 0.5), bytes(8), bytes(8)]
+        assert values == [addresses[0], addresses[1], *numbers, addresses[2], *scalars]
+
+
+def test_a_launch_that_the_driver_refuses_raises():
+    compiled, _ = _compiled(name="scale")
+    library = Driver(8, 8, 4, 4, 8, 8, error=719)
+    x, out = torch.zeros(4), torch.zeros(4)
+    with mock.patch.object(driver, "driver", lambda: library):
+        again = driver.driver_launch(compiled, (1, 1, 1), (x, None, out, *ARGUMENTS))
+    with pytest.raises(RuntimeError, match="scale: the CUDA driver refused the launch with error 719"):
+        again(0, (x, None, out))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "types", "special"),
+    [
+        ((8, 8, 4, 4, 8), {}, {}),  # the driver has one parameter fewer
+        ((8, 8, 8, 4, 8, 8), {}, {}),  # and here a larger one
+        ((8, 8, 4, 4, 8, 8), {"n": "u7"}, {}),
+        ((8, 8, 4, 4, 8, 8), {}, {"num_ctas": 2}),
+        ((8, 8, 4, 4, 8, 8), {}, {"launch_cooperative_grid": True}),
+        ((8, 8, 4, 4, 8, 8), {}, {"profile_scratch_size": 16}),
+        ((8, 128, 4, 4, 8, 8, 8, 4, 4, 8, 8), {"mask": "tensordesc<bf16[1,64]>"}, {"tensordesc_meta": None}),
+    ],
+)
+def test_kernels_whose_parameters_are_not_understood_are_left_to_triton(sizes, types, special):
+    compiled, _ = _compiled(**special)
+    compiled.src.signature.update(types)
+    values = (torch.zeros(4), _mapped(torch.zeros(4)), torch.zeros(4), *ARGUMENTS)
+    with mock.patch.object(driver, "driver", lambda: Driver(*sizes)):
+        assert driver.driver_launch(compiled, (1, 1, 1), values) is None
+    with mock.patch.object(driver, "driver", lambda: None):
+        assert driver.driver_launch(_compiled()[0], (1, 1, 1), values) is None
+
+
+def _noted(calls):
+    """An op that multiplies, and notes in ``calls`` how often it was planned."""
+
+    @Planned
+    def scaled(x, y, factor):
+        torch._check(x.dim() == 1, lambda: "scaled: one dim")
+        calls.append((x.shape, factor))
+        new = new_dense(x, x.shape, torch.float64)
+        return lambda x, y, factor: torch.mul(x, factor, out=new())
+
+    return scaled
+
+
+def test_a_plan_serves_all_calls_that_look_alike():
     calls = []
+    op, wide = _noted(calls), torch.arange(16.0)
+    assert op(wide, None, 2.0).tolist() == (2 * wide).tolist() and op(wide, None, 2.0).dtype == torch.float64
+    assert op(wide + 1, None, 2.0).tolist() == (2 * wide + 2).tolist() and len(calls) == 1
+    others = [
+        (wide[:8], None, 2.0),  # of another length
+        (wide[::2], None, 2.0),  # with another stride
+        (wide.to(torch.bfloat16), None, 2.0),  # of another dtype
+        (torch.arange(17.0)[1:], None, 2.0),  # aligned otherwise
+        (wide, wide, 2.0),  # with another tensor
+        (wide, None, 3.0),  # by another number
+    ]
+    for planned_so_far, (x, y, factor) in enumerate(others, start=1):
+        assert len(calls) == planned_so_far
+        for _ in range(2):
+            assert op(x, y, factor).tolist() == (factor * x.double()).tolist()
+    assert len(calls) == 1 + len(others)
 
-    def check(op, x):
-        calls.append(x.shape)
-        torch._check(x.dim() == 1, lambda: f"{op}: one dim")
 
-    for x in (torch.zeros(2), torch.ones(2), torch.zeros(3), torch.zeros(3, dtype=torch.int32)):
-        checked(check, "op", x)
-    assert calls == [(2,), (3,), (3,)]
+def test_a_check_that_failed_is_made_again():
+    calls = []
+    op = _noted(calls)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="op: one dim"):
-            checked(check, "op", torch.zeros(2, 2))
-    assert calls[3:] == [(2, 2), (2, 2)]
+        with pytest.raises(RuntimeError, match="scaled: one dim"):
+            op(torch.zeros(2, 2), None, 2.0)
+    assert not calls
+
+
+def test_tensors_of_two_devices_are_refused():
+    with pytest.raises(ValueError, match=r"scaled: expected tensors on one device, got some on cpu and meta"):
+        _noted([])(torch.zeros(2), torch.zeros(2, device="meta"), 2.0)
+
+
+def test_nothing_that_is_planned_while_a_graph_is_captured_is_kept():
+    calls = []
+    op, x = _noted(calls), torch.zeros(3)
+    with mock.patch.object(launch, "is_capturing", lambda: True):
+        op(x, None, 2.0)
+    for _ in range(2):
+        op(x, None, 2.0)
+    assert len(calls) == 2
+
+
+def test_plans_run_with_the_device_of_the_first_tensor():
+    current, calls = [0], []
+
+    class Device:
+        def __init__(self, index):
+            self.before, current[0] = current[0], index
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *error):
+            current[0] = self.before
+
+    on_second = mock.Mock(spec=["get_device"], get_device=lambda: 1)
+    op = Planned(lambda x: lambda x: calls.append(current[0]))
+    with (
+        mock.patch.object(torch.cuda, "device", Device),
+        mock.patch.object(torch._C, "_cuda_getDevice", lambda: current[0], create=True),
+    ):
+        op(on_second)
+    assert calls == [1] and current == [0]
+
+
+def test_what_is_imported_late_is_imported_once():
+    found = []
+
+    @Late
+    def twice():
+        found.append(True)
+        return lambda x: 2 * x
+
+    assert not found
+    assert [twice(1), twice(2)] == [2, 4] and len(found) == 1

@@ -52,7 +52,7 @@ def test_special_rows_come_out_as_in_torch(n: int):
     for log, stock in ((False, torch.softmax), (True, torch.log_softmax)):
         ours = gpu.softmax(x, 1, log, torch.float32)
         assert torch.allclose(ours, stock(x, 1), rtol=1e-5, atol=1e-6, equal_nan=True)
-    safe = gpu.softmax(x, 1, False, torch.float32, safe=True)
+    safe = gpu.softmax(x, 1, False, torch.float32, True)
     assert (safe[0] == 0).all() and safe[1].isnan().all()
 
 

@@ -35,7 +35,7 @@ OPS = SimpleNamespace(
     logsumexp=statistics.logsumexp,
     softmax=softmax.softmax,
     softmax_backward=softmax.softmax_backward,
-    cumsum=lambda x, dim, dtype: scan.scan(x, "add", dim, dtype),
+    cumsum=scan.cumsum,
     index_add=scatter.index_add,
     sdpa=attention.sdpa,
 )

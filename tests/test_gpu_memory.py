@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 from bicompile.lowering.attention import gpu, gpu_backward
 from bicompile.lowering.attention.order import gpu_order_for
 from bicompile.lowering.gpu.device import DeviceKey
-from bicompile.lowering.gpu.launch import _PLANS, Launch
+from bicompile.lowering.gpu.launch import Launch
+from bicompile.lowering.gpu.plans import _PLANS
 
 LENGTH, HEADS, DEPTH = 32768, 4, 128
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from bicompile.lowering.gpu.device import device_key
-from bicompile.lowering.gpu.launch import INTERPRETED, Describe, Launch, Planned, describe, new_dense
+from bicompile.lowering.gpu.launch import INTERPRETED, Describe, Launch, describe
+from bicompile.lowering.gpu.plans import Planned, new_dense
 
 from .admitted import choose
 from .kernels import tile_kernel

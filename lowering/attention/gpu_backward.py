@@ -11,7 +11,8 @@ import triton
 from torch import Tensor
 
 from bicompile.lowering.gpu.device import device_key
-from bicompile.lowering.gpu.launch import INTERPRETED, Launch, Planned, new_dense
+from bicompile.lowering.gpu.launch import INTERPRETED, Launch
+from bicompile.lowering.gpu.plans import Planned, new_dense
 
 from .admitted import TWIN, choose, twins
 from .backward_kernels import begin_kernel, delta_kernel, key_kernel, mask_kernel, query_kernel, sum_kernel

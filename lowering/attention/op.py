@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from bicompile.lowering.gpu.launch import on_gpu
+from bicompile.lowering.gpu.plans import on_gpu
 
 _LIB = torch.library.Library("bicompile", "FRAGMENT")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

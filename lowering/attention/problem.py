@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bicompile.dropout import threshold_of
-from bicompile.lowering.gpu.launch import Launch, Planned, new_dense
+from bicompile.lowering.gpu.launch import Launch
+from bicompile.lowering.gpu.plans import Planned, new_dense
 
 from .order import HIDDEN_BELOW, GpuAttentionOrder, gpu_order_for
 from .rows_kernel import rows_kernel

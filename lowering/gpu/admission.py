@@ -58,7 +58,7 @@ class Admission:
 
     def __init__(self, family: str, sources: Sequence[Path]) -> None:
         self.family = family
-        self._sources = (*(Path(__file__).with_name(name) for name in ("launch.py", "driver.py")), *sources)
+        self._sources = (*(Path(__file__).with_name(name) for name in ("launch.py", "driver.py", "plans.py")), *sources)
         self._known: dict[int, dict[str, Verdict]] = {}
         _FAMILIES[family] = self
 

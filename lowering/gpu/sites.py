@@ -25,10 +25,10 @@ from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 
-from .launch import ON_GPU
+from .plans import ON_GPU
 
 DEVICE = "cuda"
-_IMPORT = "from bicompile.lowering.gpu.launch import ON_GPU, Site"
+_IMPORT = "from bicompile.lowering.gpu.plans import ON_GPU, Site"
 
 
 @contextlib.contextmanager

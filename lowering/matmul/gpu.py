@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bicompile.lowering.gpu.admission import Admission
 from bicompile.lowering.gpu.device import device_key
-from bicompile.lowering.gpu.launch import INTERPRETED, Planned, is_capturing, new_dense
+from bicompile.lowering.gpu.launch import INTERPRETED
+from bicompile.lowering.gpu.plans import Planned, is_capturing, new_dense
 
 from . import cublaslt, probes
 from .problem import Problem, problem_of

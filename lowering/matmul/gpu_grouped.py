@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bicompile.lowering.gpu.launch import INTERPRETED, Launch, Planned, new_dense
+from bicompile.lowering.gpu.launch import INTERPRETED, Launch
+from bicompile.lowering.gpu.plans import Planned, new_dense
 
 from . import gpu
 from .gpu_kernels import grouped_depths_kernel, grouped_rows_kernel

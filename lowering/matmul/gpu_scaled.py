@@ -10,7 +10,8 @@ import triton
 from torch import Tensor
 
 from bicompile.lowering.gpu.device import device_key
-from bicompile.lowering.gpu.launch import INTERPRETED, Launch, Planned, new_dense
+from bicompile.lowering.gpu.launch import INTERPRETED, Launch
+from bicompile.lowering.gpu.plans import Planned, new_dense
 
 from . import gpu
 from .gpu_kernels import scaled_kernel

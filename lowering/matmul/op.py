@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bicompile.lowering.gpu.launch import on_gpu
+from bicompile.lowering.gpu.plans import on_gpu
 
 from . import grouped
 from .order import order_for

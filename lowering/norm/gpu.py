@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bicompile.lowering.gpu.grouping import flat_rows, in_groups, rows_in_cache
-from bicompile.lowering.gpu.launch import Launch, Planned, new_dense
+from bicompile.lowering.gpu.launch import Launch
+from bicompile.lowering.gpu.plans import Planned, new_dense
 from bicompile.lowering.gpu.rows import (
     Cut,
     Level,

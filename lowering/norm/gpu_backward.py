@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bicompile.lowering.gpu.launch import Launch, Planned, new_dense
+from bicompile.lowering.gpu.launch import Launch
+from bicompile.lowering.gpu.plans import Planned, new_dense
 from bicompile.lowering.gpu.rows import (
     Cut,
     compute_dtype,

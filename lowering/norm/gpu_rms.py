@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from bicompile.lowering.gpu.launch import INTERPRETED, Launch, Planned, new_dense
+from bicompile.lowering.gpu.launch import INTERPRETED, Launch
+from bicompile.lowering.gpu.plans import Planned, new_dense
 from bicompile.lowering.gpu.rows import (
     Cut,
     compute_dtype,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bicompile.lowering.gpu.launch import on_gpu
+from bicompile.lowering.gpu.plans import on_gpu
 from bicompile.lowering.reduction.op import check_floating
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)

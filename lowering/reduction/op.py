@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bicompile.lowering.gpu.launch import on_gpu
+from bicompile.lowering.gpu.plans import on_gpu
 
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bicompile.lowering.gpu.launch import on_gpu
+from bicompile.lowering.gpu.plans import on_gpu
 
 _LIB = torch.library.Library("bicompile", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from bicompile.lowering.gpu.device import device_key
-from bicompile.lowering.gpu.launch import INTERPRETED, Launch, on_device
+from bicompile.lowering.gpu.launch import INTERPRETED, Launch
+from bicompile.lowering.gpu.plans import on_device
 
 from .gpu_kernels import (
     canonical_kernel,

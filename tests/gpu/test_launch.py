@@ -15,7 +15,7 @@ from bicompile.lowering.attention.problem import problem_of
 from bicompile.lowering.attention.schedule import REFERENCE, HopperSchedule, SplitSchedule, TileSchedule
 from bicompile.lowering.gpu import driver, launch
 from bicompile.lowering.gpu.driver import DriverLaunch
-from bicompile.lowering.gpu.launch import Planned
+from bicompile.lowering.gpu.plans import Planned
 from bicompile.lowering.matmul.problem import problem_of as product_of
 from bicompile.lowering.matmul.runners import stream_runner, tile_runner
 from bicompile.lowering.matmul.schedule import REFERENCES, StreamSchedule

@@ -26,7 +26,7 @@ from matmul_cases import (
 from torch import Tensor
 from workers import once
 
-from bicompile.lowering.gpu import launch
+from bicompile.lowering.gpu import plans
 from bicompile.lowering.gpu.admission import Admission, equal_bits
 from bicompile.lowering.matmul import cublaslt, gpu, probes, reference
 from bicompile.lowering.matmul.order import gpu_order_for
@@ -184,7 +184,7 @@ def test_any_choice_of_schedules_gives_the_same_bits(monkeypatch):
         return [*draw.sample(wanted, len(wanted)), REFERENCES[problem.dtype]]
 
     monkeypatch.setattr(gpu, "preferences", shuffled)
-    monkeypatch.setattr(launch, "is_capturing", lambda: True)  # so that no plan is kept
+    monkeypatch.setattr(plans, "is_capturing", lambda: True)  # so that no plan is kept
     for m in (1, 16, 64, 200, 300) * 3:
         assert same_bits(ops.mm(x[:m], w), whole[:m])
 
@@ -227,7 +227,7 @@ def test_a_poisoned_schedule_is_refused_and_the_others_stay(monkeypatch, tmp_pat
 
     monkeypatch.setattr(gpu, "runner_of", runner_of)
     monkeypatch.setattr(gpu, "preferences", lambda p, table, sms: [poisoned, honest, REFERENCES[p.dtype]])
-    monkeypatch.setattr(launch, "is_capturing", lambda: True)  # so that no plan is kept
+    monkeypatch.setattr(plans, "is_capturing", lambda: True)  # so that no plan is kept
     x, w = spread(100, 4096, dtype=torch.bfloat16), weight(4096, 256, True, torch.bfloat16)
     problem = problem_of(x, w, x.dtype, tf32=False, add=False)
     ours = ops.mm(x, w)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bicompile.lowering.norm.op  # noqa: F401 (registers the ops)
-from bicompile.lowering.gpu import grouping, launch
+from bicompile.lowering.gpu import grouping, plans
 from bicompile.lowering.gpu.admission import equal_bits
 from bicompile.lowering.norm import reference
 from bicompile.lowering.reduction.reference import gpu_fold, gpu_moments
@@ -109,10 +109,10 @@ def test_rows_taken_in_groups_have_the_same_bits(monkeypatch: pytest.MonkeyPatch
     x, weight = drawn((50, 6, 5000), torch.bfloat16, 0), drawn((6,), torch.bfloat16, 1)
     expected = ops.group_norm(x, 3, weight, weight, EPS)
     monkeypatch.setattr(grouping, "_cache_bytes", lambda device: 1)
-    launch._PLANS.clear()
+    plans._PLANS.clear()
     for ours, known in zip(ops.group_norm(x, 3, weight, weight, EPS), expected, strict=True):
         assert equal_bits(ours, known)
-    launch._PLANS.clear()
+    plans._PLANS.clear()
 
 
 def test_memory_layout_does_not_show():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import bicompile.lowering.reduction.op  # noqa: F401 (registers the ops)
-from bicompile.lowering.gpu import launch
+from bicompile.lowering.gpu import plans
 from bicompile.lowering.gpu.admission import equal_bits
 from bicompile.lowering.reduction import gpu, gpu_statistics, reference
 from bicompile.lowering.reduction.schedule import ColumnsSchedule, RowSchedule
@@ -49,9 +49,9 @@ def pick(result: object, rows: object) -> list[Tensor]:
 @pytest.fixture
 def no_plans() -> Iterator[None]:
     """Forget the plans before and after: a test changes how they are made."""
-    launch._PLANS.clear()
+    plans._PLANS.clear()
     yield
-    launch._PLANS.clear()
+    plans._PLANS.clear()
 
 
 # --- the order -----------------------------------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def test_no_schedule_along_rows_shows(n: int, monkeypatch: pytest.MonkeyPatch, n
     x = spread((37, n), torch.bfloat16, 2)
 
     def results() -> tuple[Tensor, ...]:
-        launch._PLANS.clear()
+        plans._PLANS.clear()
         return (
             ops.sum(x, [1], False, torch.float32),
             *ops.var(x.float(), [1], 0.0, False, False),

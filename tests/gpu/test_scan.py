@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import bicompile.lowering.scan.op  # noqa: F401 (registers the ops)
-from bicompile.lowering.gpu import launch
+from bicompile.lowering.gpu import plans
 from bicompile.lowering.gpu.admission import equal_bits
 from bicompile.lowering.scan import gpu, reference
 from bicompile.lowering.scan.schedule import ScanSchedule
@@ -65,10 +65,10 @@ def test_no_schedule_shows(monkeypatch: pytest.MonkeyPatch):
     x = drawn((7, 5000), torch.float32)
     expected = ops.logcumsumexp(x, 1)
     for schedule in (ScanSchedule(32, 1, 4), ScanSchedule(256, 8, 16), ScanSchedule(64, 4, 1)):
-        launch._PLANS.clear()
+        plans._PLANS.clear()
         monkeypatch.setattr(gpu, "schedule_for", lambda _, schedule=schedule: schedule)
         assert equal_bits(ops.logcumsumexp(x, 1), expected), schedule
-    launch._PLANS.clear()
+    plans._PLANS.clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

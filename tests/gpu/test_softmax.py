@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bicompile
 import bicompile.lowering.softmax.op  # noqa: F401 (registers the ops)
-from bicompile.lowering.gpu import launch
+from bicompile.lowering.gpu import plans
 from bicompile.lowering.gpu.admission import equal_bits
 from bicompile.lowering.reduction import gpu_statistics
 from bicompile.lowering.reduction.schedule import RowSchedule
@@ -55,15 +55,15 @@ def test_no_schedule_shows(n: int, monkeypatch: pytest.MonkeyPatch):
     for schedule in (RowSchedule(1, 1), RowSchedule(1, 16), RowSchedule(4, 4)):
         if schedule.rows > 1 and n > 1024:
             continue
-        launch._PLANS.clear()
+        plans._PLANS.clear()
         for module in (gpu, gpu_statistics):
             monkeypatch.setattr(module, "row_schedule_for", lambda *_, schedule=schedule: schedule)
         monkeypatch.setattr(gpu, "long_row_warps_for", lambda *_: None)
         assert equal_bits(both(x, grad, 1, True), expected), schedule
         monkeypatch.setattr(gpu, "long_row_warps_for", lambda *_, schedule=schedule: schedule.warps)
-        launch._PLANS.clear()
+        plans._PLANS.clear()
         assert equal_bits(both(x, grad, 1, True), expected), f"{schedule.warps} warps, rows whole"
-    launch._PLANS.clear()
+    plans._PLANS.clear()
 
 
 def test_layouts_and_dims_do_not_show():

@@ -40,7 +40,7 @@ from bicompile.lowering.attention.schedule import (
     SplitSchedule,
     TileSchedule,
 )
-from bicompile.lowering.gpu import launch
+from bicompile.lowering.gpu import plans
 from bicompile.lowering.matmul import gpu as matmul
 from bicompile.lowering.matmul.order import gpu_order_for as matmul_order
 from bicompile.lowering.matmul.problem import problem_of
@@ -129,9 +129,9 @@ def _compiled() -> None:
 @pytest.fixture
 def no_plans() -> Iterator[None]:
     """Forget the plans before and after: a test changes how they are made."""
-    launch._PLANS.clear()
+    plans._PLANS.clear()
     yield
-    launch._PLANS.clear()
+    plans._PLANS.clear()
 
 
 def _is_hopper() -> bool:
@@ -214,7 +214,7 @@ def test_no_schedule_along_rows_changes_a_tree(schedule: RowSchedule, monkeypatc
         check_triples(lambda x, name=name: POSITIVE[name](ops, x), tree, (300,), "cuda", f"{name} {schedule}")
     if schedule.rows == 1:
         for warps in (None, schedule.warps):  # section by section, and a row in one program
-            launch._PLANS.clear()
+            plans._PLANS.clear()
             monkeypatch.setattr(softmax, "long_row_warps_for", lambda *_, warps=warps: warps)
             tree = declared_tree("sum", 20_000, torch.float32, "cuda")
             for name in ("softmax", "log_softmax"):

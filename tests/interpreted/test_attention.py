@@ -24,7 +24,7 @@ from bicompile.lowering.attention import gpu, gpu_backward, kernels
 from bicompile.lowering.attention.order import gpu_order_for
 from bicompile.lowering.attention.problem import mask_rows
 from bicompile.lowering.attention.schedule import REFERENCE, SplitSchedule, share
-from bicompile.lowering.gpu.launch import _PLANS
+from bicompile.lowering.gpu.plans import _PLANS
 from bicompile.testing import same_bits
 
 SCALE = 0.2

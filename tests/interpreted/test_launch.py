@@ -1,4 +1,4 @@
-"""``Launch`` hands a kernel tensors, integers and constants in that order; plans serve calls that look alike."""
+"""``Launch`` hands a kernel its tensors, integers and constants in that order, the first time and later."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from bicompile.lowering.gpu import driver, launch
-from bicompile.lowering.gpu.launch import INTERPRETED, Late, Launch, Planned, new_dense, static_launch
+from bicompile.lowering.gpu.launch import INTERPRETED, Launch, static_launch
 
 
 @triton.jit
@@ -178,95 +178,3 @@ def test_kernels_whose_parameters_are_not_understood_are_left_to_triton(sizes, t
         assert driver.driver_launch(compiled, (1, 1, 1), values) is None
     with mock.patch.object(driver, "driver", lambda: None):
         assert driver.driver_launch(_compiled()[0], (1, 1, 1), values) is None
-
-
-def _noted(calls):
-    """An op that multiplies, and notes in ``calls`` how often it was planned."""
-
-    @Planned
-    def scaled(x, y, factor):
-        torch._check(x.dim() == 1, lambda: "scaled: one dim")
-        calls.append((x.shape, factor))
-        new = new_dense(x, x.shape, torch.float64)
-        return lambda x, y, factor: torch.mul(x, factor, out=new())
-
-    return scaled
-
-
-def test_a_plan_serves_all_calls_that_look_alike():
-    calls = []
-    op, wide = _noted(calls), torch.arange(16.0)
-    assert op(wide, None, 2.0).tolist() == (2 * wide).tolist() and op(wide, None, 2.0).dtype == torch.float64
-    assert op(wide + 1, None, 2.0).tolist() == (2 * wide + 2).tolist() and len(calls) == 1
-    others = [
-        (wide[:8], None, 2.0),  # of another length
-        (wide[::2], None, 2.0),  # with another stride
-        (wide.to(torch.bfloat16), None, 2.0),  # of another dtype
-        (torch.arange(17.0)[1:], None, 2.0),  # aligned otherwise
-        (wide, wide, 2.0),  # with another tensor
-        (wide, None, 3.0),  # by another number
-    ]
-    for planned_so_far, (x, y, factor) in enumerate(others, start=1):
-        assert len(calls) == planned_so_far
-        for _ in range(2):
-            assert op(x, y, factor).tolist() == (factor * x.double()).tolist()
-    assert len(calls) == 1 + len(others)
-
-
-def test_a_check_that_failed_is_made_again():
-    calls = []
-    op = _noted(calls)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="scaled: one dim"):
-            op(torch.zeros(2, 2), None, 2.0)
-    assert not calls
-
-
-def test_tensors_of_two_devices_are_refused():
-    with pytest.raises(ValueError, match=r"scaled: expected tensors on one device, got some on cpu and meta"):
-        _noted([])(torch.zeros(2), torch.zeros(2, device="meta"), 2.0)
-
-
-def test_nothing_that_is_planned_while_a_graph_is_captured_is_kept():
-    calls = []
-    op, x = _noted(calls), torch.zeros(3)
-    with mock.patch.object(launch, "is_capturing", lambda: True):
-        op(x, None, 2.0)
-    for _ in range(2):
-        op(x, None, 2.0)
-    assert len(calls) == 2
-
-
-def test_plans_run_with_the_device_of_the_first_tensor():
-    current, calls = [0], []
-
-    class Device:
-        def __init__(self, index):
-            self.before, current[0] = current[0], index
-
-        def __enter__(self):
-            pass
-
-        def __exit__(self, *error):
-            current[0] = self.before
-
-    on_second = mock.Mock(spec=["get_device"], get_device=lambda: 1)
-    op = Planned(lambda x: lambda x: calls.append(current[0]))
-    with (
-        mock.patch.object(torch.cuda, "device", Device),
-        mock.patch.object(torch._C, "_cuda_getDevice", lambda: current[0], create=True),
-    ):
-        op(on_second)
-    assert calls == [1] and current == [0]
-
-
-def test_what_is_imported_late_is_imported_once():
-    found = []
-
-    @Late
-    def twice():
-        found.append(True)
-        return lambda x: 2 * x
-
-    assert not found
-    assert [twice(1), twice(2)] == [2, 4] and len(found) == 1

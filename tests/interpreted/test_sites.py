@@ -12,8 +12,8 @@ from torch._inductor.scheduler import Scheduler
 from torch._inductor.utils import run_and_get_code
 
 from bicompile.lowering.attention.gpu import sdpa
-from bicompile.lowering.gpu import launch, sites
-from bicompile.lowering.gpu.launch import ON_GPU, Planned, Site
+from bicompile.lowering.gpu import plans, sites
+from bicompile.lowering.gpu.plans import ON_GPU, Planned, Site
 from bicompile.lowering.matmul.gpu import bmm, mm
 from bicompile.lowering.reduction.gpu import reduce
 from bicompile.lowering.softmax.gpu import softmax
@@ -85,7 +85,7 @@ def test_a_plan_that_does_not_serve_all_calls_is_not_kept(reason: str):
     calls, x, w = [], torch.randn(3, 64), torch.randn(64, 8)
     site = Site("mm")
     loose = torch.empty(3 * 64 + 1)[1:].view(3, 64).copy_(x) if reason == "loose" else x
-    with mock.patch.object(launch, "is_capturing", lambda: reason == "capturing"):
+    with mock.patch.object(plans, "is_capturing", lambda: reason == "capturing"):
         first = site(loose, w)
     with _noting(calls):
         assert same_bits(site(x, w), first) and same_bits(site(x, w), first)

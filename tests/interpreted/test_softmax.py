@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bicompile.lowering.gpu import launch
+from bicompile.lowering.gpu import plans
 from bicompile.lowering.softmax import gpu
 
 SHAPES = [((3, 1), 1), ((3, 33), 1), ((1, 2049), -1), ((1, 9000), 1), ((1, 7, 5), 1), ((2, 2, 1, 5), 0), ((), 0)]
@@ -84,9 +84,9 @@ def test_many_long_rows_have_the_bits_of_few(log: bool, monkeypatch: pytest.Monk
         plan = getattr(gpu, name)
         monkeypatch.setattr(gpu, name, lambda *args, plan=plan, name=name: launched.append(name) or plan(*args))
     monkeypatch.setattr(gpu, "long_row_warps_for", lambda *_: 8)
-    launch._PLANS.clear()
+    plans._PLANS.clear()
     same = functools.partial(torch.allclose, rtol=0, atol=0, equal_nan=True)
     assert same(gpu.softmax(x, 1, log, torch.float32), expected)
     assert same(gpu.softmax_backward(grad, expected, 1, log, torch.float32), expected_grad)
     assert launched == ["_long_softmax", "_long_backward"]
-    launch._PLANS.clear()
+    plans._PLANS.clear()

@@ -21,6 +21,7 @@ _NUMBERS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float
 _WARP = 32
 _MAP_BYTES, _MAP_ALIGNMENT = 128, 64
 _MAX_PARAMETERS = 1024
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 _SERIALIZED = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _PROMOTE_128_BYTES = 2  # CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 _HOST_TYPE = {8: 10, 9: 8, 10: 9}
@@ -51,6 +52,8 @@ def driver() -> Any:
     try:
         library = ctypes.PyDLL("libcuda.so.1")
         pointer, number = ctypes.c_void_p, ctypes.c_uint32
+        library.cuCtxSetCurrent.argtypes = [pointer]
+        library.cuDeviceGet.argtypes = library.cuDevicePrimaryCtxRetain.argtypes = [pointer, ctypes.c_int]
         library.cuFuncGetParamInfo.argtypes = [pointer, ctypes.c_size_t, pointer, pointer]
         library.cuLaunchKernelEx.argtypes = [pointer] * 4
         library.cuTensorMapReplaceAddress.argtypes = [pointer] * 2
@@ -74,6 +77,7 @@ class DriverLaunch:
         metadata = compiled.metadata
         self.name, self.function, self.layout, self.lock = compiled.name, compiled.function, layout, threading.Lock()
         self.launch, self.replace = library.cuLaunchKernelEx, library.cuTensorMapReplaceAddress
+        self.enter = functools.partial(_enter, library)
         self.write = struct.Struct(f"<{len(layout.places)}Q").pack_into
         self.attribute = _Attribute(_SERIALIZED, 0, (1,))
         self.config = _Config(*grid, metadata.num_warps * _WARP, 1, 1, metadata.shared)
@@ -87,11 +91,23 @@ class DriverLaunch:
             self.write(layout.addresses, 0, *[tensors[place].data_ptr() for place in layout.places])
             error = 0
             for at, place in layout.maps:
-                error |= self.replace(at, tensors[place].data_ptr())
+                error = error or self.replace(at, tensors[place].data_ptr())
             self.config.stream = stream
-            error |= self.launch(self.at_config, self.function, self.at_parameters, None)
+            error = error or self.launch(self.at_config, self.function, self.at_parameters, None)
+            if error == _NO_CONTEXT:
+                (place, *_) = (*layout.places, *(place for _, place in layout.maps))
+                error = self.enter(tensors[place].get_device())
+                error = error or self.launch(self.at_config, self.function, self.at_parameters, None)
         if error:
             raise RuntimeError(f"{self.name}: the CUDA driver refused the launch with error {error}")
+
+
+def _enter(library: Any, device: int) -> int:
+    """Let this thread, which has not used a GPU yet, use the one that PyTorch calls ``device``; an error, or 0."""
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    error: int = library.cuDeviceGet(ctypes.addressof(handle), device)
+    error = error or library.cuDevicePrimaryCtxRetain(ctypes.addressof(context), handle.value)
+    return error or library.cuCtxSetCurrent(context.value)
 
 
 def driver_launch(compiled: Any, grid: tuple[int, ...], values: Sequence[Any]) -> DriverLaunch | None:

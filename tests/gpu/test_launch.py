@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from unittest import mock
 
 import pytest
@@ -101,6 +102,17 @@ def test_launches_of_the_driver_are_of_the_current_stream_and_can_be_captured(la
     graph.replay()
     assert same_bits(captured, -expected)
     assert len(launches) == 2  # the splits' and the merge's
+
+
+@needs_tma
+def test_a_thread_may_begin_with_a_launch(launches: list[DriverLaunch | None]):
+    p = problem_of("sdpa", randn(2, 8, 1, 64), randn(2, 2, 3000, 64), randn(2, 2, 3000, 64), None, False, 0.1)
+    plan = attention.plan_of(p, SplitSchedule(16, 4, 3, 512, True))
+    expected, found = [plan(p) for _ in range(2)][-1], []
+    thread = threading.Thread(target=lambda: found.append(plan(p)))
+    thread.start()
+    thread.join()
+    assert same_bits(found, [expected]) and None not in launches
 
 
 class Block(nn.Module):

@@ -86,7 +86,7 @@ class Driver:
     """A driver that knows kernels whose parameters have ``sizes``, and notes what they are launched with."""
 
     def __init__(self, *sizes, error=0):
-        self.sizes, self.error, self.encoded, self.launched = sizes, error, [], []
+        self.sizes, self.error, self.encoded, self.launched, self.entered = sizes, error, [], [], []
 
     def cuFuncGetParamInfo(self, function, index, offset, size):  # noqa: N802
         if function != 77 or index >= len(self.sizes):
@@ -105,6 +105,19 @@ class Driver:
 
     def cuTensorMapReplaceAddress(self, at, base):  # noqa: N802
         ctypes.c_uint64.from_address(at).value = base
+        return 0
+
+    def cuDeviceGet(self, handle, ordinal):  # noqa: N802
+        ctypes.c_int.from_address(handle).value = 100 + ordinal
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context, handle):  # noqa: N802
+        ctypes.c_uint64.from_address(context).value = 0x2000 if handle == 102 else 0
+        return 0
+
+    def cuCtxSetCurrent(self, context):  # noqa: N802
+        self.entered.append(context)
+        self.error = 0
         return 0
 
     def cuLaunchKernelEx(self, at, function, parameters, extra):  # noqa: N802
@@ -146,6 +159,19 @@ def test_the_driver_is_given_addresses_numbers_and_tensor_maps(pdl: bool):
         numbers = [struct.pack("<iiqq", 5, 128, 256, 1)[at : at + n] for at, n in ((0, 4), (4, 4), (8, 8), (16, 8))]
         scalars = [struct.pack("<i", 11), struct.pack("<f", 0.5), bytes(8), bytes(8)]
         assert values == [addresses[0], addresses[1], *numbers, addresses[2], *scalars]
+
+
+def test_a_thread_that_has_not_used_the_gpu_enters_its_context():
+    compiled, _ = _compiled()
+    library = Driver(8, 8, 4, 4, 8, 8, error=201)
+    x, out = torch.zeros(4), torch.zeros(4)
+    with mock.patch.object(driver, "driver", lambda: library):
+        again = driver.driver_launch(compiled, (1, 1, 1), (x, None, out, *ARGUMENTS))
+    on_third = mock.Mock(data_ptr=x.data_ptr, get_device=lambda: 2)
+    again(9, (on_third, None, out))
+    assert library.entered == [0x2000] and len(library.launched) == 2
+    again(9, (on_third, None, out))
+    assert library.entered == [0x2000] and len(library.launched) == 3
 
 
 def test_a_launch_that_the_driver_refuses_raises():

@@ -9,6 +9,7 @@ import torch
 
 from bicompile.lowering.gpu import plans
 from bicompile.lowering.gpu.plans import Late, Planned, new_dense
+from bicompile.lowering.matmul import gpu
 
 
 def _noted(calls):
@@ -42,6 +43,26 @@ def test_a_plan_serves_all_calls_that_look_alike():
         for _ in range(2):
             assert op(x, y, factor).tolist() == (factor * x.double()).tolist()
     assert len(calls) == 1 + len(others)
+
+
+def test_a_setting_that_changes_makes_another_plan():
+    setting = [1.0]
+
+    def scaled(x):
+        factor = setting[0]
+        return lambda x: factor * x
+
+    op, x = Planned(scaled, setting=lambda x: setting[0]), torch.ones(2)
+    assert op(x).tolist() == [1.0, 1.0]
+    setting[0] = 2.0
+    assert op(x).tolist() == [2.0, 2.0]
+
+
+def test_products_follow_torchs_setting_of_tf32(monkeypatch: pytest.MonkeyPatch):
+    wide, half = ([torch.eye(20, dtype=dtype)] * 2 for dtype in (torch.float32, torch.bfloat16))
+    before = gpu.mm.plan(*wide), gpu.mm.plan(*half)
+    monkeypatch.setattr(gpu, "allows_tf32", lambda: True)
+    assert gpu.mm.plan(*wide) is not before[0] and gpu.mm.plan(*half) is before[1]
 
 
 def test_a_check_that_failed_is_made_again():

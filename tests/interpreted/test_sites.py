@@ -69,6 +69,31 @@ def test_where_shapes_are_symbolic_a_plan_is_looked_for_every_time(gpu_ops_on_th
     assert calls == ["mm"] * 3
 
 
+def test_cpu_ops_are_left_to_the_dispatcher():
+    torch._dynamo.reset()
+    x = torch.randn(3, 20)
+    _, (code,) = run_and_get_code(torch.compile(torch.mm, backend="batch_invariant"), x, x.T)
+    assert "= torch.ops.bicompile.mm.default(" in code and "Site(" not in code
+
+
+@pytest.mark.parametrize(
+    ("op", "kwargs", "devices", "name"),
+    [
+        ("bicompile.mm", [], ["cuda", "cuda"], "mm"),
+        ("bicompile.mm", [], ["cuda", "cpu"], None),
+        ("bicompile.mm", [], ["cuda", None], None),
+        ("bicompile.mm", ["b=buf1"], ["cuda"], None),  # a plan takes no names
+        ("bicompile.index_add", [], ["cuda"], None),  # is not there to be called
+        ("aten.mm", [], ["cuda", "cuda"], None),
+    ],
+)
+def test_only_ops_of_ours_on_a_gpu_are_called_directly(op, kwargs, devices, name):
+    namespace, packet = op.split(".")
+    inputs = [mock.Mock(get_device=lambda kind=kind: kind and torch.device(kind)) for kind in devices]
+    overload = getattr(getattr(torch.ops, namespace), packet).default
+    assert sites._direct(mock.Mock(op_overload=overload, inputs=inputs, codegen_kwargs=lambda: kwargs)) == name
+
+
 def test_a_site_looks_at_addresses_and_finds_its_plan_once():
     calls, wide, w = [], torch.randn(3, 64), torch.randn(64, 8)
     site = Site("mm")

@@ -20,7 +20,20 @@ from torch._inductor.decomposition import cat as _stock_cat
 from torch._inductor.decomposition import select_decomp_table
 from torch._ops import OpOverload, OpOverloadPacket
 
-from . import bags, collectives, complexes, distances, dropout, foreach, inverses, norms, resizing, windows, writes
+from . import (
+    bags,
+    collectives,
+    complexes,
+    convolution,
+    distances,
+    dropout,
+    foreach,
+    inverses,
+    norms,
+    pooling,
+    resizing,
+    writes,
+)
 from .errors import UnsupportedOpError
 from .lowering.attention.op import scaled_dot_product_attention
 from .lowering.softmax.cross_entropy import log_probability
@@ -323,6 +336,6 @@ def decomposition_table() -> dict[OpOverload, Callable[..., Any]]:
     for packet in _KEPT_WHOLE:
         for overload in packet.overloads():
             table.pop(getattr(packet, overload), None)
-    for module in (bags, collectives, complexes, distances, inverses, norms, resizing, windows, writes):
+    for module in (bags, collectives, complexes, convolution, distances, inverses, norms, pooling, resizing, writes):
         table |= module.NORMAL_FORMS
     return table | _NORMAL_FORMS

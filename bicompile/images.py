@@ -1,6 +1,6 @@
 """Images with zeros between and around their elements, and the windows that move over them.
 
-Views and copies: nothing is computed here.
+Views, copies and layouts: nothing is computed here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from torch import Tensor
 from .lowering.windows.op import DTYPES
 
 aten = torch.ops.aten
+_HALVES = (torch.bfloat16, torch.float16)
+MOST_TAPS = 16
+"""Windows of more elements are summed by a kernel of their own instead of one addition for each."""
 
 
 class Image(NamedTuple):
@@ -95,8 +98,8 @@ def stuffed(x: Tensor, strides: Sequence[int]) -> Tensor:
     """``stride - 1`` zeros between neighbours along each trailing dim."""
     for dim, stride in enumerate(strides, x.dim() - len(strides)):
         if stride > 1:
-            wide = F.pad(x.unsqueeze(dim + 1), [0, 0] * (x.dim() - dim - 1) + [0, stride - 1])
-            x = wide.flatten(dim, dim + 1).narrow(dim, 0, (x.shape[dim] - 1) * stride + 1)
+            apart = F.pad(x.unsqueeze(dim + 1), [0, 0] * (x.dim() - dim - 1) + [0, stride - 1])
+            x = apart.flatten(dim, dim + 1).narrow(dim, 0, (x.shape[dim] - 1) * stride + 1)
     return x
 
 
@@ -136,3 +139,27 @@ def taps_of(x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations:
             tap = aten.slice.Tensor(tap, first + i, 0, None, strides[i]) if strides[i] > 1 else tap
         taps.append(tap)
     return taps
+
+
+def per_dim(value: Sequence[Any], dims: int) -> list[Any]:
+    """One value for each spatial dim, of one for each or one for all."""
+    return list(value) * (dims if len(value) == 1 else 1)
+
+
+def wide(x: Tensor) -> Tensor:
+    """``x`` in the dtype that its elements are added in."""
+    return x.float() if x.dtype in _HALVES else x
+
+
+def laid_out(y: Tensor, channels_last: bool) -> Tensor:
+    """``y`` of 3 to 5 dims in its own memory, the channels last or not."""
+    if channels_last:
+        return y.contiguous(memory_format=torch.channels_last if y.dim() == 4 else torch.channels_last_3d)
+    return y.contiguous()
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Is ``x`` an image, or a volume, whose channels lie innermost in memory?"""
+    if x.dim() == 4:
+        return torch._prims_common.suggest_memory_format(x) == torch.channels_last
+    return x.dim() == 5 and torch._prims_common.suggest_memory_format(x) == torch.channels_last_3d

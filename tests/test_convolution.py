@@ -13,8 +13,8 @@ import torch.nn as nn
 from torch import Tensor
 
 import bicompile
+from bicompile.convolution import NORMAL_FORMS
 from bicompile.testing import same_bits
-from bicompile.windows import NORMAL_FORMS
 
 aten = torch.ops.aten
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bicompile
+from bicompile.pooling import NORMAL_FORMS
 from bicompile.testing import same_bits
-from bicompile.windows import NORMAL_FORMS
 
 aten = torch.ops.aten
 SHAPES = {1: (3, 19), 2: (3, 11, 9), 3: (2, 6, 7, 5)}

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bicompile
+from bicompile import convolution as forms
 from bicompile import images
-from bicompile import windows as forms
 from bicompile.lowering.matmul import reference as products
 from bicompile.lowering.windows.reference import windows as reference
 from bicompile.testing import same_bits

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bicompile.lowering.gpu.device import device_key
-from bicompile.lowering.gpu.launch import INTERPRETED, Describe, Launch, describe
+from bicompile.lowering.gpu.launch import INTERPRETED, Describe, Launch
 from bicompile.lowering.gpu.plans import Planned, new_dense
 
 from .admitted import choose
@@ -33,7 +34,7 @@ from .schedule import (
 from .split_kernels import merge_kernel, split_kernel
 
 Plan = Callable[[Problem], tuple[Tensor, Tensor]]
-"""Output and statistics of a problem with the key of the one that it was made for."""
+"""Output and statistics of a problem whose tensors lie like those that it was made for."""
 
 
 def outputs_of(p: Problem) -> Callable[[], tuple[Tensor, Tensor]]:
@@ -129,7 +130,13 @@ def _described(p: Problem, by_tma: bool, v_programs: int = 1) -> dict[int, Descr
 
     width, value_width = p.widths
     blocks = (p.k, [1, 1, p.order.block, width]), (p.v, [1, 1, p.order.block, value_width // v_programs])
-    return {place: describe(TensorDescriptor.from_tensor(*block)) for place, block in enumerate(blocks, start=1)}
+    return {place: _like(TensorDescriptor, *block) for place, block in enumerate(blocks, start=1)}
+
+
+def _like(descriptor: Any, t: Tensor, block: list[int], *layout: Any) -> Describe:
+    """What describes tensors that lie like ``t``, read in blocks, with Triton's or Gluon's class of descriptors."""
+    shape, strides = list(t.shape), list(t.stride())  # what is kept must not keep a tensor alive
+    return lambda base: descriptor(base, shape, strides, block, *layout)
 
 
 def hopper_plan(p: Problem, schedule: HopperSchedule) -> Plan:
@@ -143,7 +150,7 @@ def hopper_plan(p: Problem, schedule: HopperSchedule) -> Plan:
     block, device = p.order.block, p.q.device.index
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     described = {
-        place: describe(TensorDescriptor.from_tensor(t, [1, 1, rows, depth], layout))
+        place: _like(TensorDescriptor, t, [1, 1, rows, depth], layout)
         for place, (t, rows) in enumerate(((p.q, ROWS), (p.k, block), (p.v, block)))
     }
     launch = Launch(

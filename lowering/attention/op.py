@@ -10,7 +10,6 @@ dropped follows from the row's seed and from how far the key is from the first o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -353,25 +352,6 @@ def _mask_for(mask: Tensor, lead: torch.Size, heads: int) -> Tensor:
     return mask.expand(*lead, *mask.shape[-3:]).reshape(math.prod(lead), *mask.shape[-3:])
 
 
-# -- CUDA: the kernels are imported at the first call, because importing the op must not import triton.
-
-
-@on_gpu(_LIB, "sdpa")
-def _() -> Callable[..., tuple[Tensor, Tensor]]:
-    from .gpu import sdpa
-
-    return sdpa
-
-
-@on_gpu(_LIB, "mask_rows")
-def _() -> Callable[..., Tensor]:
-    from .problem import mask_rows
-
-    return mask_rows
-
-
-@on_gpu(_LIB, "sdpa_backward")
-def _() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
-    from .gpu_backward import sdpa_backward
-
-    return sdpa_backward
+on_gpu(_LIB, f"{__package__}.gpu", "sdpa")
+on_gpu(_LIB, f"{__package__}.problem", "mask_rows")
+on_gpu(_LIB, f"{__package__}.gpu_backward", "sdpa_backward")

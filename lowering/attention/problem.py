@@ -28,7 +28,7 @@ TYPES = {
 
 
 class Problem(NamedTuple):
-    """One call, checked: four dims, dense last dims, a mask with a stride of 0 where it is broadcast."""
+    """One call: four dims, dense last dims, a mask with a stride of 0 where it is broadcast."""
 
     q: Tensor
     k: Tensor

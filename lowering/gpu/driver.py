@@ -14,7 +14,7 @@ import functools
 import struct
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 _NUMBERS = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
@@ -76,8 +76,7 @@ class DriverLaunch:
     def __init__(self, library: Any, compiled: Any, grid: tuple[int, ...], layout: Layout) -> None:
         metadata = compiled.metadata
         self.name, self.function, self.layout, self.lock = compiled.name, compiled.function, layout, threading.Lock()
-        self.launch, self.replace = library.cuLaunchKernelEx, library.cuTensorMapReplaceAddress
-        self.enter = functools.partial(_enter, library)
+        self.library, self.launch, self.replace = library, library.cuLaunchKernelEx, library.cuTensorMapReplaceAddress
         self.write = struct.Struct(f"<{len(layout.places)}Q").pack_into
         self.attribute = _Attribute(_SERIALIZED, 0, (1,))
         self.config = _Config(*grid, metadata.num_warps * _WARP, 1, 1, metadata.shared)
@@ -95,8 +94,7 @@ class DriverLaunch:
             self.config.stream = stream
             error = error or self.launch(self.at_config, self.function, self.at_parameters, None)
             if error == _NO_CONTEXT:
-                (place, *_) = (*layout.places, *(place for _, place in layout.maps))
-                error = self.enter(tensors[place].get_device())
+                error = _enter(self.library, tensors[layout.first].get_device())
                 error = error or self.launch(self.at_config, self.function, self.at_parameters, None)
         if error:
             raise RuntimeError(f"{self.name}: the CUDA driver refused the launch with error {error}")
@@ -127,7 +125,7 @@ def driver_launch(compiled: Any, grid: tuple[int, ...], values: Sequence[Any]) -
     return DriverLaunch(library, compiled, grid, layout)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Layout:
     """A kernel's parameters in memory.
 
@@ -140,32 +138,37 @@ class Layout:
         kept: memory that they point to.
     """
 
-    sizes: list[int] = field(default_factory=list)
-    addresses: Any = None
-    places: list[int] = field(default_factory=list)
-    maps: list[tuple[int, int]] = field(default_factory=list)
-    parameters: Any = None
-    kept: list[Any] = field(default_factory=list)
+    sizes: list[int]
+    addresses: Any
+    places: list[int]
+    maps: list[tuple[int, int]]
+    parameters: Any
+    kept: list[Any]
+
+    @property
+    def first(self) -> int:
+        """Which argument is the first tensor."""
+        return min([*self.places, *(place for _, place in self.maps)])
 
 
 def laid_out(library: Any, signature: Mapping[str, Any], metadata: Any, values: Sequence[Any]) -> Layout | None:
     """The parameters of a kernel, with Triton's names of their types; None where one of these is not known here."""
     types, metas = [str(kind) for kind in signature.values()], iter(getattr(metadata, "tensordesc_meta", None) or ())
-    layout, pointers = Layout(), list[int]()
-    layout.places = [place for place, kind in enumerate(types) if kind.startswith("*")]
-    layout.addresses = (ctypes.c_uint64 * max(len(layout.places), 1))()
+    places = [place for place, kind in enumerate(types) if kind.startswith("*")]
+    addresses = (ctypes.c_uint64 * max(len(places), 1))()
+    kept, maps, sizes, pointers = list[Any](), list[tuple[int, int]](), list[int](), list[int]()
 
     def add(value: Any) -> None:
-        layout.kept.append(value)
-        layout.sizes.append(ctypes.sizeof(value))
+        kept.append(value)
+        sizes.append(ctypes.sizeof(value))
         pointers.append(ctypes.addressof(value))
 
     for place, (kind, value) in enumerate(zip(types, values, strict=True)):
         if kind == "constexpr":
             continue
         if kind.startswith("*"):
-            layout.sizes.append(8)
-            pointers.append(ctypes.addressof(layout.addresses) + 8 * layout.places.index(place))
+            sizes.append(8)
+            pointers.append(ctypes.addressof(addresses) + 8 * places.index(place))
         elif kind in _NUMBERS:
             add(_NUMBERS[kind](value))
         elif kind.startswith("tensordesc") and (meta := next(metas, None)) is not None and _is_plain(value, meta):
@@ -173,10 +176,10 @@ def laid_out(library: Any, signature: Mapping[str, Any], metadata: Any, values: 
             at = -(-ctypes.addressof(memory) // _MAP_ALIGNMENT) * _MAP_ALIGNMENT
             if _encode(library, at, value, meta):
                 return None
-            layout.kept.append(memory)
-            layout.sizes.append(_MAP_BYTES)
+            kept.append(memory)
+            sizes.append(_MAP_BYTES)
             pointers.append(at)
-            layout.maps.append((at, place))
+            maps.append((at, place))
             for size in value.shape:
                 add(ctypes.c_int32(size))
             for stride in value.strides:
@@ -186,8 +189,7 @@ def laid_out(library: Any, signature: Mapping[str, Any], metadata: Any, values: 
     for kind in ("global", "profile"):
         if hasattr(metadata, f"{kind}_scratch_size"):
             add(ctypes.c_uint64(0))  # of scratch memory, of which there is none
-    layout.parameters = (ctypes.c_void_p * len(pointers))(*pointers)
-    return layout
+    return Layout(sizes, addresses, places, maps, (ctypes.c_void_p * len(pointers))(*pointers), kept)
 
 
 def _is_plain(descriptor: Any, meta: Mapping[str, Any]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -114,15 +113,3 @@ def static_launch(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]
         launch(*head, (*[t.data_ptr() for t in tensors if t is not None], *rest), stream)
 
     return run
-
-
-def describe(descriptor: Any) -> Describe:
-    """What makes a descriptor like ``descriptor``, Triton's or Gluon's, of another tensor of the same layout."""
-    descriptor.base = None  # what is kept must not keep a tensor alive
-
-    def of(base: Tensor) -> Any:
-        moved = copy.copy(descriptor)
-        moved.base = base
-        return moved
-
-    return of

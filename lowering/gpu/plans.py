@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -73,30 +74,32 @@ class Planned(Generic[Result]):
 
 
 class Late(Generic[Result]):
-    """The function that ``find()`` imports, which happens at the first call."""
+    """A function that is imported at its first call."""
 
-    def __init__(self, find: Callable[[], Callable[..., Result]]) -> None:
-        self.find = functools.cache(find)
+    def __init__(self, module: str, name: str) -> None:
+        self.module, self.name = module, name
+
+    @functools.cached_property
+    def function(self) -> Callable[..., Result]:
+        """The function itself."""
+        return getattr(importlib.import_module(self.module), self.name)
 
     def __call__(self, *args: Any) -> Result:
-        return self.find()(*args)
+        return self.function(*args)
 
 
 ON_GPU: dict[str, Late[Any]] = {}
 """What computes an op of ours on a GPU, by its name."""
 
 
-def on_gpu(library: torch.library.Library, op: str) -> Callable[[Callable[[], Callable[..., Any]]], None]:
-    """Register the function that the decorated one imports and returns as what computes ``op`` on a GPU.
+def on_gpu(library: torch.library.Library, module: str, *ops: str) -> None:
+    """Let the functions of ``module`` that are named like ``ops`` compute these on a GPU.
 
     It is imported at the first call, because importing an op must not import Triton.
     """
-
-    def register(find: Callable[[], Callable[..., Any]]) -> None:
-        ON_GPU[op] = Late(find)
+    for op in ops:
+        ON_GPU[op] = Late(module, op)
         library.impl(op, ON_GPU[op], "CUDA")
-
-    return register
 
 
 def new_dense(
@@ -145,7 +148,7 @@ class Site:
 
     def _first(self, *args: Any) -> Any:
         """Run by the plan for ``args``, and keep it if it serves the calls to come."""
-        function = self.function.find()
+        function = self.function.function
         if not isinstance(function, Planned):
             self.found = (), function
             return function(*args)

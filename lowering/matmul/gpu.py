@@ -39,12 +39,12 @@ _PROBE_ELEMENTS = 1 << 24
 """Elements of a factor of a probe at full size: as many as keep the probe's memory below 200 MB."""
 
 
-def _tf32(a: Tensor, *_: Any) -> bool:
+def rounds_to_tf32(a: Tensor, *_: Any) -> bool:
     """Whether the elements of ``a`` may be rounded to TF32."""
     return a.dtype == torch.float32 and allows_tf32()
 
 
-_planned = functools.partial(Planned, setting=_tf32)
+_planned = functools.partial(Planned, setting=rounds_to_tf32)
 
 
 @_planned
@@ -109,7 +109,7 @@ def _affine(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Calla
 
 def _runner(a: Tensor, b: Tensor, add: bool) -> Runner:
     """That of the schedule preferred for these factors."""
-    return _preferred(problem_of(a, b, a.dtype, _tf32(a), add), a.device)
+    return _preferred(problem_of(a, b, a.dtype, rounds_to_tf32(a), add), a.device)
 
 
 def allows_tf32() -> bool:

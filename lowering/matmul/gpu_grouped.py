@@ -33,25 +33,25 @@ def grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """See :func:`bicompile.lowering.matmul.grouped.grouped_mm`; the groups are known on the device only."""
     if a.dim() == 3:  # columns of groups: rows of groups of the transposed product
         return grouped_mm(b.t(), a.transpose(1, 2), ends).t().contiguous()
-    return _grouped(a, b, ends, a.dtype == torch.float32 and gpu.allows_tf32())
+    return _grouped(a, b, ends)
 
 
-@Planned
-def _grouped(a: Tensor, b: Tensor, ends: Tensor, tf32: bool) -> Callable[..., Tensor]:
+@functools.partial(Planned, setting=gpu.rounds_to_tf32)
+def _grouped(a: Tensor, b: Tensor, ends: Tensor) -> Callable[..., Tensor]:
     """The groups' products, where those of ``a`` are rows or lie along the inner dim."""
     by_rows = b.dim() == 3
     groups = ends.shape[0]
     shape = (a.shape[0], b.shape[2]) if by_rows else (groups, a.shape[0], b.shape[1])
     if 0 in shape or groups == 0:
-        return lambda a, b, ends, tf32: a.new_zeros(shape)
-    problem = problem_of(a, b[0] if by_rows else b, a.dtype, tf32, add=False)
+        return lambda a, b, ends: a.new_zeros(shape)
+    problem = problem_of(a, b[0] if by_rows else b, a.dtype, gpu.rounds_to_tf32(a), add=False)
     schedule = _preferred(problem, groups, by_rows)
     if not INTERPRETED and not _is_admitted(schedule, problem, by_rows, a.device):
         schedule = REFERENCES[a.dtype]
     launch = _launch(schedule, problem, b.stride(0) if by_rows else 0, groups, by_rows)
     device, new = a.device.index, new_dense(a, shape)
 
-    def run(a: Tensor, b: Tensor, ends: Tensor, tf32: bool) -> Tensor:
+    def run(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
         out = new()
         launch(device, a, b, ends, out)
         return out

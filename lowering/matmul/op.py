@@ -11,8 +11,6 @@ one's sums round to the bits of the whole ``mm``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -178,50 +176,8 @@ def _checked_addend(op: str, c: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-# -- CUDA: the kernels are imported at the first call, because importing the op must not import triton.
-
-
-@on_gpu(_LIB, "mm")
-def _() -> Callable[..., Tensor]:
-    from .gpu import mm
-
-    return mm
-
-
-@on_gpu(_LIB, "bmm")
-def _() -> Callable[..., Tensor]:
-    from .gpu import bmm
-
-    return bmm
-
-
-@on_gpu(_LIB, "addmm")
-def _() -> Callable[..., Tensor]:
-    from .gpu import addmm
-
-    return addmm
-
-
-@on_gpu(_LIB, "baddbmm")
-def _() -> Callable[..., Tensor]:
-    from .gpu import baddbmm
-
-    return baddbmm
-
-
-@on_gpu(_LIB, "grouped_mm")
-def _() -> Callable[..., Tensor]:
-    from .gpu_grouped import grouped_mm
-
-    return grouped_mm
-
-
-@on_gpu(_LIB, "scaled_mm")
-def _() -> Callable[..., Tensor]:
-    from .gpu_scaled import scaled_mm
-
-    return scaled_mm
-
-
+on_gpu(_LIB, f"{__package__}.gpu", "mm", "bmm", "addmm", "baddbmm")
+on_gpu(_LIB, f"{__package__}.gpu_grouped", "grouped_mm")
+on_gpu(_LIB, f"{__package__}.gpu_scaled", "scaled_mm")
 _LIB.impl("grouped_mm", grouped.grouped_mm, "CPU")
 _LIB.impl("scaled_mm", grouped.scaled_mm, "CPU")

@@ -11,7 +11,7 @@ from the sum of squares and rounded once, and the gradients of a group norm's pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -143,21 +143,11 @@ def _(x: Tensor, weight: Tensor | None, eps: float, round_first: bool) -> Tensor
     return x.new_empty(x.shape)
 
 
-# -- CUDA: the kernels are imported at the first call, because importing the op must not import triton.
-
-
 def check_layer_norm(x: Tensor, normalized_dims: int, weight: Tensor | None, bias: Tensor | None) -> None:
     """What the fake kernel leaves to the sizes at hand."""
     _check_dtypes("layer_norm", x=x, weight=weight, bias=bias)
     _check_normalized_dims("layer_norm", x, normalized_dims)
     _check_sizes("layer_norm", x.shape[x.dim() - normalized_dims :], weight=weight, bias=bias)
-
-
-@on_gpu(_LIB, "layer_norm")
-def _() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    from .gpu import layer_norm
-
-    return layer_norm
 
 
 def check_layer_norm_backward(
@@ -172,13 +162,6 @@ def check_layer_norm_backward(
     _check_counts("layer_norm_backward", x.shape[:first].numel(), mean=mean, rstd=rstd)
 
 
-@on_gpu(_LIB, "layer_norm_backward")
-def _() -> Callable[..., Tensor]:
-    from .gpu_backward import layer_norm_backward
-
-    return layer_norm_backward
-
-
 def check_layer_norm_backward_params(
     grad: Tensor, x: Tensor, normalized_dims: int, mean: Tensor, rstd: Tensor, dtype: torch.dtype
 ) -> None:
@@ -191,25 +174,11 @@ def check_layer_norm_backward_params(
     _check_counts("layer_norm_backward_params", rows, mean=mean, rstd=rstd)
 
 
-@on_gpu(_LIB, "layer_norm_backward_params")
-def _() -> Callable[..., tuple[Tensor, Tensor]]:
-    from .gpu_backward import layer_norm_backward_params
-
-    return layer_norm_backward_params
-
-
 def check_group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> None:
     """What the fake kernel leaves to the sizes at hand."""
     _check_dtypes("group_norm", x=x, weight=weight, bias=bias)
     _check_groups("group_norm", x, groups)
     _check_sizes("group_norm", x.shape[1:2], weight=weight, bias=bias)
-
-
-@on_gpu(_LIB, "group_norm")
-def _() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    from .gpu import group_norm
-
-    return group_norm
 
 
 def check_group_norm_backward(
@@ -223,13 +192,6 @@ def check_group_norm_backward(
     _check_counts("group_norm_backward", x.shape[0] * groups, mean=mean, rstd=rstd)
 
 
-@on_gpu(_LIB, "group_norm_backward")
-def _() -> Callable[..., Tensor]:
-    from .gpu_backward import group_norm_backward
-
-    return group_norm_backward
-
-
 def check_group_norm_backward_params(
     grad: Tensor, x: Tensor, groups: int, mean: Tensor, rstd: Tensor, dtype: torch.dtype
 ) -> None:
@@ -241,25 +203,11 @@ def check_group_norm_backward_params(
     _check_counts("group_norm_backward_params", x.shape[0] * groups, mean=mean, rstd=rstd)
 
 
-@on_gpu(_LIB, "group_norm_backward_params")
-def _() -> Callable[..., tuple[Tensor, Tensor]]:
-    from .gpu_backward import group_norm_backward_params
-
-    return group_norm_backward_params
-
-
 def check_rms_norm(x: Tensor, weight: Tensor | None) -> None:
     """What the fake kernel leaves to the sizes at hand."""
     _check_dtypes("rms_norm", x=x, weight=weight)
     _check_normalized_dims("rms_norm", x, 1)
     _check_sizes("rms_norm", x.shape[-1:], weight=weight)
-
-
-@on_gpu(_LIB, "rms_norm")
-def _() -> Callable[..., Tensor]:
-    from .gpu_rms import rms_norm
-
-    return rms_norm
 
 
 def _check_sizes(op: str, shape: Sequence[int], **tensors: Tensor | None) -> None:
@@ -282,3 +230,9 @@ def _check_counts(op: str, rows: int, **tensors: Tensor) -> None:
                 f"{tuple(tensor.shape)}; pass what the forward op returned"
             ),
         )
+
+
+on_gpu(_LIB, f"{__package__}.gpu", "layer_norm", "group_norm")
+on_gpu(_LIB, f"{__package__}.gpu_rms", "rms_norm")
+for _name in ("layer_norm", "group_norm"):
+    on_gpu(_LIB, f"{__package__}.gpu_backward", f"{_name}_backward", f"{_name}_backward_params")

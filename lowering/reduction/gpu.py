@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -420,6 +421,9 @@ _OF_NOTHING = {"mean": math.nan, "mean_square": math.nan, "prod": 1.0}
 def reduce(name: str, x: Tensor, dim: Sequence[int], keepdim: bool, dtype: torch.dtype) -> Tensor:
     """``bicompile::sum`` and its kin, by name."""
     return _folded(x, name, FOLDS[name], tuple(dim), keepdim, dtype, _OF_NOTHING.get(name, 0.0))
+
+
+sum, mean, sum_square, mean_square, prod, amax, amin = (functools.partial(reduce, name) for name in FOLDS)
 
 
 def vector_norm(x: Tensor, ord: float, dim: Sequence[int], keepdim: bool, dtype: torch.dtype) -> Tensor:

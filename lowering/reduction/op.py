@@ -9,8 +9,7 @@ Numerics: the order of ``order.py``.  ``mean_square(x) == mean(x.float() * x.flo
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -104,37 +103,5 @@ def _(x: Tensor, dim: Sequence[int], keepdim: bool) -> Tensor:
     return x.new_empty(reduced_shape("logsumexp", x, dim, keepdim))
 
 
-# -- CUDA: the kernels are imported at the first call, because importing the op must not import triton.
-
-
-def _impl_sum(name: str) -> None:
-    @on_gpu(_LIB, name)
-    def _() -> Callable[..., Tensor]:
-        from .gpu import reduce
-
-        return functools.partial(reduce, name)
-
-
-for _name in SUMS:
-    _impl_sum(_name)
-
-
-@on_gpu(_LIB, "var")
-def _() -> Callable[..., tuple[Tensor, Tensor]]:
-    from .gpu_statistics import var
-
-    return var
-
-
-@on_gpu(_LIB, "vector_norm")
-def _() -> Callable[..., Tensor]:
-    from .gpu import vector_norm
-
-    return vector_norm
-
-
-@on_gpu(_LIB, "logsumexp")
-def _() -> Callable[..., Tensor]:
-    from .gpu_statistics import logsumexp
-
-    return logsumexp
+on_gpu(_LIB, f"{__package__}.gpu", *SUMS, "vector_norm")
+on_gpu(_LIB, f"{__package__}.gpu_statistics", "var", "logsumexp")

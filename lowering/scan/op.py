@@ -6,8 +6,6 @@ scans (``cumprod`` also with a row sum).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -59,25 +57,4 @@ def _(x: Tensor, dim: int) -> Tensor:
     return _scan_fake("logcumsumexp", x, dim, x.dtype)
 
 
-# -- CUDA: the kernels are imported at the first call, because importing the op must not import triton.
-
-
-@on_gpu(_LIB, "cumsum")
-def _() -> Callable[..., Tensor]:
-    from .gpu import cumsum
-
-    return cumsum
-
-
-@on_gpu(_LIB, "cumprod")
-def _() -> Callable[..., Tensor]:
-    from .gpu import cumprod
-
-    return cumprod
-
-
-@on_gpu(_LIB, "logcumsumexp")
-def _() -> Callable[..., Tensor]:
-    from .gpu import logcumsumexp
-
-    return logcumsumexp
+on_gpu(_LIB, f"{__package__}.gpu", "cumsum", "cumprod", "logcumsumexp")

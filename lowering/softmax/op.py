@@ -13,8 +13,6 @@ Numerics: the row's exact maximum is subtracted, sums have the order of ``order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -88,32 +86,5 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# -- CUDA: the kernels are imported at the first call, because importing the op must not import triton.
-
-
-@on_gpu(_LIB, "softmax")
-def _() -> Callable[..., Tensor]:
-    from .gpu import softmax
-
-    return softmax
-
-
-@on_gpu(_LIB, "softmax_backward")
-def _() -> Callable[..., Tensor]:
-    from .gpu import softmax_backward
-
-    return softmax_backward
-
-
-@on_gpu(_LIB, "softmax_statistics")
-def _() -> Callable[..., tuple[Tensor, Tensor]]:
-    from .gpu import softmax_statistics
-
-    return softmax_statistics
-
-
-@on_gpu(_LIB, "log_probability_backward")
-def _() -> Callable[..., Tensor]:
-    from .gpu_gradient import log_probability_backward
-
-    return log_probability_backward
+on_gpu(_LIB, f"{__package__}.gpu", "softmax", "softmax_backward", "softmax_statistics")
+on_gpu(_LIB, f"{__package__}.gpu_gradient", "log_probability_backward")

@@ -127,7 +127,7 @@ def test_what_has_no_plan_of_its_own_is_called():
 def test_every_op_on_a_gpu_can_be_imported():
     assert len(ON_GPU) > 20
     for late in ON_GPU.values():
-        assert callable(late.find())
+        assert callable(late.function)
 
 
 def test_parts_of_a_graph_that_are_captured_call_sites(gpu_ops_on_the_cpu, monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import sys
+import threading
 from types import SimpleNamespace
 from unittest import mock
 
@@ -172,6 +174,31 @@ def test_a_thread_that_has_not_used_the_gpu_enters_its_context():
     assert library.entered == [0x2000] and len(library.launched) == 2
     again(9, (on_third, None, out))
     assert library.entered == [0x2000] and len(library.launched) == 3
+
+
+def test_threads_do_not_mix_their_addresses():
+    compiled, _ = _compiled()
+    library = Driver(8, 8, 4, 4, 8, 8)
+    with mock.patch.object(driver, "driver", lambda: library):
+        again = driver.driver_launch(compiled, (1, 1, 1), (torch.zeros(4), None, torch.zeros(4), *ARGUMENTS))
+    pairs = [tuple(SimpleNamespace(data_ptr=lambda n=n: n) for n in (16 * i, 16 * i + 8)) for i in range(4)]
+
+    def launch_often(x, out):
+        for _ in range(300):
+            again(9, (x, None, out))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=launch_often, args=pair) for pair in pairs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    seen = [tuple(int.from_bytes(value, "little") for value in values[:2]) for *_, values in library.launched]
+    assert {pair: seen.count(pair) for pair in seen} == {(16 * i, 16 * i + 8): 300 for i in range(4)}
 
 
 def test_a_launch_that_the_driver_refuses_raises():

@@ -21,11 +21,14 @@ import torch
 import triton
 import triton.language as tl
 
+from bicompile.lowering.attention import admitted
 from bicompile.lowering.attention import gpu as attention_gpu
 from bicompile.lowering.attention.aot import backward_compilations, forward_compilations, problem
 from bicompile.lowering.attention.backward_kernels import key_kernel, query_kernel
+from bicompile.lowering.attention.problem import Problem
 from bicompile.lowering.attention.rows_kernel import rows_kernel
 from bicompile.lowering.attention.schedule import REFERENCE, REFERENCE_BACKWARD, HopperSchedule, SplitSchedule
+from bicompile.lowering.attention.split_kernels import merge_kernel
 from bicompile.lowering.gpu.ahead import (
     SHARED_MEMORY,
     Compilation,
@@ -194,3 +197,31 @@ def test_a_mask_of_bytes_does_not_regroup_the_keys_of_a_product(dropout: bool):
     cases = [case for case in cases if case.kernel is not rows_kernel]
     for case in cases:
         assert set(re.findall(r"kWidth = (\d+)", triton_text(case, "ttgir"))) == {"2"}, case.name
+
+
+_WAYS = {
+    "tiles": functools.partial(forward_compilations, schedule=REFERENCE),
+    "splits": functools.partial(forward_compilations, schedule=SplitSchedule(16, 4, 3, 1)),
+    "sm_90": functools.partial(forward_compilations, schedule=HopperSchedule(2, True)),
+    "backward": functools.partial(backward_compilations, schedule=REFERENCE_BACKWARD),
+}
+_KINDS = ["none", "bool", "loose bool", "additive", "loose additive"]
+
+
+@pytest.mark.parametrize(
+    ("way", "kind"), [(w, k) for w in _WAYS for k in _KINDS if not (w == "sm_90" and "additive" in k)]
+)
+def test_what_the_probes_admit_is_the_binary_that_is_used(way: str, kind: str):
+    causal, dtype = kind == "none", torch.bfloat16
+
+    def compiled(p: Problem) -> set[str]:
+        cases = _WAYS[way](p)
+        own = [case for case in cases if case.kernel is not merge_kernel]  # which differs with the number of splits
+        return {f"{case.kernel.fn.__name__} {case.signature} {case.constants} {case.options}" for case in own}
+
+    keys = 2040 if "loose" in kind else 2048
+    used = compiled(problem(dtype, 64, kind.removeprefix("loose "), causal=causal, queries=1026, keys=keys))
+    probes = admitted.probes_of(torch.device("cpu"), dtype, 64, 64, kind, causal, False)
+    admitted_ones = set.union(*map(compiled, probes))
+    assert used <= admitted_ones
+    assert "loose" in kind or used == admitted_ones  # to compile others takes seconds

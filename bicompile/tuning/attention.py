@@ -156,10 +156,9 @@ def compile_all(
 def _admits(candidate: tuple[int, SplitSchedule | BackwardSchedule]) -> bool:
     depth, schedule = candidate
     if isinstance(schedule, SplitSchedule):
-        return choose(_problem(1, 1, 2048, depth), (schedule,), REFERENCE, gpu.run, gpu.run) == schedule
-    probe = gpu_backward.probe
+        return choose(_problem(1, 1, 2048, depth), (schedule,), REFERENCE, gpu.run) == schedule
     return all(
-        choose(_problem(1, 256, 256, depth, masked), (schedule,), REFERENCE_BACKWARD, probe, probe) == schedule
+        choose(_problem(1, 256, 256, depth, masked), (schedule,), REFERENCE_BACKWARD, gpu_backward.probe) == schedule
         for masked in (False, True)
     )
 

@@ -19,9 +19,10 @@ from .kernels import (
     start_of,
     states_of,
 )
+from .rows_kernel import FOLLOWS_SIZES
 
 
-@triton.jit(do_not_specialize=["queries", "heads", "num_rows"])
+@triton.jit(do_not_specialize=FOLLOWS_SIZES)
 def delta_kernel(
     grad_ptr, out_ptr, delta_ptr, queries, heads, num_rows, g_b, g_h, g_n, o_b, o_h, o_n, value_depth,
     ROWS: tl.constexpr, BDV: tl.constexpr, DTYPE: tl.constexpr,
@@ -104,7 +105,7 @@ def walk_keys(
     return dq
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads", "threshold"])
+@triton.jit(do_not_specialize=FOLLOWS_SIZES)
 def query_kernel(
     q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, grad_ptr, lse_ptr, delta_ptr, dq_ptr, seeds_ptr,
     queries, keys, heads, kv_heads, c_high, c_low, scale, scale_low, threshold, inverse_high, inverse_low,
@@ -284,7 +285,7 @@ def clear_from(first_p, hole_p, start, stop, low, high):
     return clear
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads", "threshold"])
+@triton.jit(do_not_specialize=FOLLOWS_SIZES)
 def key_kernel(
     q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, begin_ptr, grad_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     seeds_ptr, queries, keys, heads, kv_heads, c_high, c_low, scale, scale_low, threshold, inverse_high, inverse_low,
@@ -367,7 +368,7 @@ def key_kernel(
     tl.store(dv_ptr + row[:, None] * value_depth + cols[None, :], dv.to(dv_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["queries", "keys"])
+@triton.jit(do_not_specialize=FOLLOWS_SIZES)
 def begin_kernel(first_ptr, begin_ptr, queries, keys, BLOCK: tl.constexpr):
     """The first query of each row of the mask that sees any key; ``queries`` if none.  Grid: (rows of the mask,)."""
     row = tl.program_id(0).to(tl.int64)
@@ -379,7 +380,7 @@ def begin_kernel(first_ptr, begin_ptr, queries, keys, BLOCK: tl.constexpr):
     tl.store(begin_ptr + row, begin)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "batch", "heads", "kv_heads", "batches", "mask_heads", "threshold"])
+@triton.jit(do_not_specialize=FOLLOWS_SIZES)
 def mask_kernel(
     q_ptr, k_p, v_p, mask_ptr, first_ptr, grad_ptr, lse_ptr, delta_ptr, ds_ptr, seeds_ptr,
     queries, keys, batch, heads, kv_heads, batches, mask_heads, c_high, c_low, threshold, inverse_high, inverse_low,
@@ -430,7 +431,7 @@ def mask_kernel(
     tl.store(ds_ptr + row[:, None] * keys + keys_at[None, :], total.to(ds_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["outer", "length", "inner"])
+@triton.jit(do_not_specialize=FOLLOWS_SIZES)
 def sum_kernel(x_ptr, out_ptr, outer, length, inner, BLOCK: tl.constexpr):
     """Sum the middle dim of [outer, length, inner] in ascending order.  Grid: (outer, tiles of inner)."""
     row = tl.program_id(0).to(tl.int64)

@@ -235,7 +235,7 @@ def _plan(p: Problem) -> Plan:
         if not p.drops and takes_hopper(p, device.capability):
             candidates += hopper_schedules(queries)
         candidates += [s for s in tile_schedules(queries, p.widths, p.q.dtype, device) if tma or not s.tma]
-    return plan_of(p, choose(p, tuple(candidates), REFERENCE, probe, run))
+    return plan_of(p, choose(p, tuple(candidates), REFERENCE, run))
 
 
 def _nothing(p: Problem) -> tuple[Tensor, Tensor]:
@@ -256,10 +256,3 @@ def plan_of(p: Problem, schedule: Schedule) -> Plan:
 def run(p: Problem, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """``p`` under any schedule, at once."""
     return plan_of(p, schedule)(p)
-
-
-def probe(p: Problem, schedule: Schedule) -> tuple[Tensor, Tensor]:
-    """``p`` under any schedule, launched the second time, which is done as all later times."""
-    plan = plan_of(p, schedule)
-    plan(p)
-    return plan(p)

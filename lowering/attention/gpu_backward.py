@@ -215,18 +215,12 @@ def _sum(x: Tensor, outer: int, length: int, inner: int) -> Callable[..., Tensor
 
 
 def probe(p: Problem, schedule: BackwardSchedule) -> tuple[Tensor, ...]:
-    """The gradients of ``p`` for a gradient that is the output itself, but of the other sign for twins.
-
-    Launched the second time, which is done as all later times.
-    """
+    """The gradients of ``p`` for a gradient that is the output itself, but of the other sign for twins."""
     out, lse = run_forward(p, REFERENCE)
     grad = out.clone()
-    twin = twins(grad.shape[2], grad.device.index)
+    twin = twins(grad.shape[2], grad.device)
     grad[:, :, twin] = -grad[:, :, twin - TWIN]
-    call = call_of(p, grad, out, lse)
-    plan = backward_plan(call, p.scale, False, schedule)
-    plan(call)
-    return plan(call)[:3]
+    return run(p, grad, out, lse, schedule)[:3]
 
 
 def run(
@@ -252,7 +246,7 @@ def sdpa_backward(
     schedule = REFERENCE_BACKWARD
     if not INTERPRETED:
         candidates = backward_schedules(p.widths, q.dtype, device_key(q.device.index))
-        schedule = choose(p, tuple(candidates), REFERENCE_BACKWARD, probe, probe)
+        schedule = choose(p, tuple(candidates), REFERENCE_BACKWARD, probe)
     plan = backward_plan(call_of(p, grad, out, lse), scale, mask_grad, schedule)
 
     def run(

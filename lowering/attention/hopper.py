@@ -16,6 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .rows_kernel import FOLLOWS_SIZES
+
 ROWS = 64
 """Queries of one group of four warps; a program has two groups."""
 
@@ -239,7 +241,7 @@ def _consume(
     gl.store(lse_ptr + stat, lse, mask=query < queries)
 
 
-@gluon.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads"])
+@gluon.jit(do_not_specialize=FOLLOWS_SIZES)
 def hopper_kernel(
     q_desc, k_desc, v_desc, mask_ptr, first_ptr, hole_ptr, last_ptr, out_ptr, lse_ptr, flag_ptr,
     queries, keys, heads, kv_heads, c, mask_b, mask_h, mask_q, mask_k, info_b, info_h,

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .rows_kernel import FOLLOWS_SIZES
+
 # -- Dropout -----------------------------------------------------------------------------------------------------------
 
 
@@ -331,7 +333,7 @@ def scale_of(c_high, c_low, DTYPE: tl.constexpr):
         return c_high
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads", "threshold"])
+@triton.jit(do_not_specialize=FOLLOWS_SIZES)
 def tile_kernel(
     q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, out_ptr, lse_ptr, flag_ptr, seeds_ptr,
     queries, keys, heads, kv_heads, c_high, c_low, threshold, inverse_high, inverse_low,

@@ -5,8 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+FOLLOWS_SIZES = (
+    "first_ptr hole_ptr last_ptr info_b info_h begin_b begin_h queries keys batch batches heads kv_heads mask_heads "
+    "num_rows splits shift even outer length inner threshold"
+).split()
+"""Arguments whose values compile no kernel anew: the binary that ran on the probes is the one that serves all sizes."""
 
-@triton.jit(do_not_specialize=["queries", "keys", "mask_heads"])
+
+@triton.jit(do_not_specialize=FOLLOWS_SIZES)
 def rows_kernel(
     mask_ptr, first_ptr, hole_ptr, last_ptr, queries, keys, mask_heads, mask_b, mask_h, mask_q, mask_k,
     ROWS: tl.constexpr, COLS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, HIDDEN: tl.constexpr,

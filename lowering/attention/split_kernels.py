@@ -23,6 +23,7 @@ from .kernels import (
     tile_pass,
     walk,
 )
+from .rows_kernel import FOLLOWS_SIZES
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def split_pass(
             store_part(part_ptr, stats_ptr, part, splits, row_id, rows, m, w, acc, column, value_depth, BM, BDV, LANES)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "kv_heads", "splits", "shift", "even"])
+@triton.jit(do_not_specialize=FOLLOWS_SIZES)
 def split_kernel(
     q_ptr, k_p, v_p, mask_ptr, first_ptr, hole_ptr, last_ptr, part_ptr, stats_ptr,
     queries, keys, heads, kv_heads, splits, shift, even, c_high, c_low,
@@ -158,7 +159,7 @@ def load_parts(part_ptr, stats_ptr, row_id, splits, start, count, cols, value_de
     return parts
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "splits"])
+@triton.jit(do_not_specialize=FOLLOWS_SIZES)
 def merge_kernel(
     part_ptr, stats_ptr, first_ptr, last_ptr, out_ptr, lse_ptr,
     queries, keys, heads, splits, info_b, info_h, value_depth,

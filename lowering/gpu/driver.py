@@ -69,13 +69,14 @@ class DriverLaunch:
     Args:
         library: the driver's.
         compiled: Triton's ``CompiledKernel``.
+        function: of it, on the device.
         grid: programs along the three axes.
         layout: its parameters.
     """
 
-    def __init__(self, library: Any, compiled: Any, grid: tuple[int, ...], layout: Layout) -> None:
+    def __init__(self, library: Any, compiled: Any, function: int, grid: tuple[int, ...], layout: Layout) -> None:
         metadata = compiled.metadata
-        self.name, self.function, self.layout, self.lock = compiled.name, compiled.function, layout, threading.Lock()
+        self.name, self.function, self.layout, self.lock = compiled.name, function, layout, threading.Lock()
         self.library, self.launch, self.replace = library, library.cuLaunchKernelEx, library.cuTensorMapReplaceAddress
         self.write = struct.Struct(f"<{len(layout.places)}Q").pack_into
         self.attribute = _Attribute(_SERIALIZED, 0, (1,))
@@ -108,21 +109,21 @@ def _enter(library: Any, device: int) -> int:
     return error or library.cuCtxSetCurrent(context.value)
 
 
-def driver_launch(compiled: Any, grid: tuple[int, ...], values: Sequence[Any]) -> DriverLaunch | None:
+def driver_launch(compiled: Any, function: int, grid: tuple[int, ...], values: Sequence[Any]) -> DriverLaunch | None:
     """The launch of a kernel by the driver; None if only Triton knows how it is done.
 
     Args:
-        compiled, grid: see ``DriverLaunch``.
-        values: the kernel's arguments at its first launch, in the place of some tensors their descriptors.
+        compiled, function, grid: see ``DriverLaunch``.
+        values: the kernel's arguments, in the place of some tensors their descriptors.
     """
     library, metadata = driver(), compiled.metadata
     scratch = [getattr(metadata, f"{kind}_scratch_size", None) for kind in ("global", "profile")]
     if library is None or metadata.launch_cooperative_grid or metadata.num_ctas > 1 or any(scratch):
         return None
     layout = laid_out(library, compiled.src.signature, metadata, values)
-    if layout is None or layout.sizes != _sizes_of(library, compiled.function):
+    if layout is None or layout.sizes != _sizes_of(library, function):
         return None
-    return DriverLaunch(library, compiled, grid, layout)
+    return DriverLaunch(library, compiled, function, grid, layout)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .device import device_key
 from .driver import driver_launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,7 +37,7 @@ class Launch:
         options: other options of Triton's compiler.
     """
 
-    __slots__ = ("kernel", "grid", "tail", "described", "options", "again")
+    __slots__ = ("kernel", "grid", "tail", "described", "options", "run")
 
     def __init__(
         self,
@@ -52,46 +54,71 @@ class Launch:
         self.tail, self.described = (*integers, *constants), described or {}
         # A product must not be fused with its addition, here or there, as the compiler likes.
         self.options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False, **options}
-        self.again: Relaunch | None = None
+        self.run: Run | None = None
 
     def __call__(self, device: int, *tensors: Any) -> None:
         """Launch on the current stream of CUDA device ``device``, which must be the current one."""
-        if self.again is not None:
-            self.again(torch._C._cuda_getCurrentRawStream(device), tensors)
-            return
-        arguments = self.arguments(tensors)
-        compiled = self.kernel[self.grid](*arguments, **self.options)
-        if not INTERPRETED:
-            self.again = self._relaunch(compiled, arguments, len(tensors))
+        if self.run is None:
+            arguments = self.arguments(tensors)
+            if INTERPRETED:
+                self.kernel[self.grid](*arguments, **self.options)
+                return
+            self.run = self._compiled(device, arguments, len(tensors))
+        self.run(torch._C._cuda_getCurrentRawStream(device), tensors)
 
     def arguments(self, tensors: Sequence[Any]) -> tuple[Any, ...]:
         """All that the kernel is given for ``tensors``."""
         return (*[self.described[i](t) if i in self.described else t for i, t in enumerate(tensors)], *self.tail)
 
-    def _relaunch(self, compiled: Any, arguments: tuple[Any, ...], count: int) -> Relaunch:
-        """What launches the compiled kernel from now on, of whose ``arguments`` the first ``count`` are tensors."""
-        again = static_launch(compiled, self.grid, arguments, count) or driver_launch(compiled, self.grid, arguments)
-        if again is not None:
-            return again
+    def _compiled(self, device: int, arguments: tuple[Any, ...], count: int) -> Run:
+        """Compile the kernel for ``arguments``, of which the first ``count`` are tensors."""
+        compiled = self.kernel.warmup(*arguments, grid=self.grid, **self.options)
+        function = loaded(compiled, device)
+        run = static_launch(compiled, function, self.grid, arguments, count)
+        run = run or driver_launch(compiled, function, self.grid, arguments)
+        if run is not None:
+            return run
         runner = compiled[self.grid]
         return lambda stream, tensors: runner(*self.arguments(tensors), stream=stream)
 
 
-Relaunch = Callable[[int, tuple[Any, ...]], None]
+@functools.cache
+def loaded(compiled: Any, device: int) -> int:
+    """The function of a kernel that Triton has compiled for ``device``, which is loaded onto it.
+
+    Triton itself would first compile a launcher in C for the kernel, which takes as long as a small kernel.
+
+    Raises:
+        OutOfResources: it needs more shared memory than the device has.
+    """
+    from triton.runtime import driver
+    from triton.runtime.errors import OutOfResources
+
+    shared, limit = compiled.metadata.shared, device_key(device).shared_memory
+    if shared > limit:
+        raise OutOfResources(shared, limit, "shared memory")
+    _, function, *_ = driver.active.utils.load_binary(compiled.name, compiled.kernel, shared, device)
+    return function
+
+
+Run = Callable[[int, tuple[Any, ...]], None]
 """Launches a kernel on a stream, for tensors that lie like those that it was compiled for."""
 
 _CODES = {"i32": "i", "i64": "l", "fp32": "f"}
 """Numbers as PyTorch's launcher names their types; an address is an ``O``."""
 
 
-def static_launch(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any], count: int) -> Relaunch | None:
+def static_launch(
+    compiled: Any, function: int, grid: tuple[int, ...], arguments: Sequence[Any], count: int
+) -> Run | None:
     """The launch of a kernel by PyTorch's own launcher of Triton's, which Inductor uses.
 
     It takes half of the time of Triton's.  None where there is no such launcher, and for kernels that take anything but
     addresses and numbers or ask for something special.
 
     Args:
-        compiled: what Triton made at the first launch.
+        compiled: what Triton has compiled.
+        function: of it, on the device.
         grid: programs along the three axes.
         arguments: the kernel's, of which the first ``count`` are tensors.
         count: see there.
@@ -106,7 +133,7 @@ def static_launch(compiled: Any, grid: tuple[int, ...], arguments: Sequence[Any]
     launch = launcher._launch_kernel
     numbers = [value for code, value in zip(codes[count:], arguments[count:], strict=True) if code]
     unused = [None for size in scratch if size is not None]  # scratch memory of no bytes
-    head = (compiled.function, *grid, metadata.num_warps, metadata.shared, "".join(codes) + "O" * len(unused))
+    head = (function, *grid, metadata.num_warps, metadata.shared, "".join(codes) + "O" * len(unused))
     rest = (*numbers, *unused)
 
     def run(stream: int, tensors: tuple[Any, ...]) -> None:

@@ -26,7 +26,7 @@ _TYPES = {
 def recorded(name: str, call: Callable[..., Any], *arguments: Any) -> list[Compilation]:
     """The compilations of ``call(*arguments)``, made on tensors of the meta device: no kernel runs.
 
-    Addresses are taken to be divisible by 16, as those of whole tensors are.
+    Storages are taken to begin at addresses divisible by 16, as they do on a GPU.
     """
     found: list[Compilation] = []
 
@@ -46,7 +46,8 @@ def _compilation(name: str, launch: Launch, arguments: tuple[Any, ...]) -> Compi
         if parameter.is_constexpr or value is None:
             constants[parameter.name] = value
         elif isinstance(value, Tensor):
-            signature[parameter.name] = f"*{_TYPES[value.dtype]}:16"
+            loose = parameter.do_not_specialize or value.storage_offset() * value.element_size() % 16
+            signature[parameter.name] = f"*{_TYPES[value.dtype]}{'' if loose else ':16'}"
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         elif not isinstance(value, int):

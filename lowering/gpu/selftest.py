@@ -51,7 +51,7 @@ class SelfTest:
                 passed = self.admission.allows(
                     self._name,
                     device.index,
-                    lambda: (_again(ours) for ours, _ in self.cases(device)),
+                    lambda: (ours() for ours, _ in self.cases(device)),
                     lambda: (theirs().to(device) for _, theirs in self.cases(device)),
                 )
         finally:
@@ -64,12 +64,6 @@ class SelfTest:
                 f"{self._name}: expected the bits of their references on {torch.cuda.get_device_name(device)}, got: "
                 f"{why}. Run `python -m bicompile doctor`, and report it"
             )
-
-
-def _again(kernel: Callable[[], Tensor]) -> Tensor:
-    """What a kernel gives at its second launch, which is made as all later ones are."""
-    kernel()
-    return kernel()
 
 
 def spread(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

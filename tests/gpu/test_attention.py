@@ -147,7 +147,7 @@ def test_schedules_are_admitted():
 def test_probes_show_which_keys_the_tensor_core_adds_together(dtype: torch.dtype, depth: int):
     """Control: keys that change places among 32, as Triton does it for ``mma.sync`` behind a load of bytes."""
     moved = torch.arange(32, device="cuda").view(2, 4, 2, 2).permute(2, 0, 1, 3).flatten()
-    for p in admitted._probes(torch.cuda.current_device(), dtype, depth, depth, "none", False, False):
+    for p in admitted.probes_of(torch.device("cuda"), dtype, depth, depth, "none", False, False):
         keys = torch.arange(p.k.shape[2], device="cuda")
         whole = keys[: len(keys) // 32 * 32].view(-1, 32)
         whole.copy_(whole[:, moved])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import struct
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 
 from bicompile.lowering.gpu import driver, launch
 from bicompile.lowering.gpu.launch import INTERPRETED, Launch, static_launch
@@ -49,7 +51,7 @@ def _compiled(**special):
     name = special.pop("name", "kernel")
     metadata |= {"global_scratch_size": 0, "profile_scratch_size": 0, **special}
     runner = mock.Mock()
-    compiled = mock.MagicMock(src=SimpleNamespace(signature=types), metadata=SimpleNamespace(**metadata), function=77)
+    compiled = mock.MagicMock(src=SimpleNamespace(signature=types), metadata=SimpleNamespace(**metadata))
     compiled.name = name
     compiled.__getitem__.return_value = runner
     return compiled, runner
@@ -58,30 +60,63 @@ def _compiled(**special):
 ARGUMENTS = (1, 11, 0.5, 128)
 
 
-def test_later_launches_leave_out_what_is_compiled_in():
+def test_what_is_compiled_in_is_left_out():
     compiled, _ = _compiled()
     x, out = torch.zeros(4), torch.zeros(4, dtype=torch.bfloat16)
     with mock.patch.object(torch._C, "_StaticCudaLauncher", create=True) as launcher:
-        static_launch(compiled, (3, 2, 1), (x, None, out, *ARGUMENTS), 3)(9, (x, None, out))
+        static_launch(compiled, 77, (3, 2, 1), (x, None, out, *ARGUMENTS), 3)(9, (x, None, out))
     addresses = (x.data_ptr(), out.data_ptr())
     launcher._launch_kernel.assert_called_once_with(77, 3, 2, 1, 4, 64, "OOifOO", (*addresses, 11, 0.5, None, None), 9)
 
 
-@pytest.mark.parametrize("special", [{"launch_pdl": True}, {"num_ctas": 2}, {"global_scratch_size": 16}], ids=str)
-def test_a_kernel_that_asks_for_more_is_launched_by_triton(special):
+@contextlib.contextmanager
+def _gpu(**special):
+    """A launch on a GPU, what loads its kernel, and what launches it: PyTorch, or Triton for what is ``special``."""
     compiled, runner = _compiled(**special)
     scale = Launch(mock.MagicMock(), (3, 2), ARGUMENTS[:3], ARGUMENTS[3:], 4)
-    scale.kernel.__getitem__.return_value.return_value = compiled
+    scale.kernel.warmup.return_value = compiled
+    load = mock.Mock(return_value=("module", 77, 32, 0, 1024))
+    active = SimpleNamespace(utils=SimpleNamespace(load_binary=load))
     with (
         mock.patch.object(torch._C, "_StaticCudaLauncher", create=True) as launcher,
         mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda device: 9, create=True),
+        mock.patch("triton.runtime.driver", SimpleNamespace(active=active)),
+        mock.patch.object(launch, "device_key", lambda index: SimpleNamespace(shared_memory=1000)),
         mock.patch.object(launch, "driver_launch", lambda *arguments: None),
         mock.patch.object(launch, "INTERPRETED", False),
     ):
+        yield scale, load, launcher._launch_kernel, runner
+
+
+def test_a_kernel_is_compiled_and_loaded_once_and_all_launches_are_made_alike():
+    x, out = torch.zeros(4), torch.zeros(4, dtype=torch.bfloat16)
+    with _gpu(name="scale") as (scale, load, launched, by_triton):
+        for _ in range(2):
+            scale(0, x, None, out)
+        again = Launch(scale.kernel, (5,), ARGUMENTS[:3], ARGUMENTS[3:], 4)
+        again(0, x, None, out)
+        load.assert_called_once_with("scale", scale.kernel.warmup.return_value.kernel, 64, 0)
+    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+    assert scale.kernel.warmup.call_args_list[0] == mock.call(x, None, out, *ARGUMENTS, grid=(3, 2, 1), **options)
+    assert [call.args[:4] for call in launched.call_args_list] == [(77, 3, 2, 1), (77, 3, 2, 1), (77, 5, 1, 1)]
+    by_triton.assert_not_called()
+
+
+def test_a_kernel_that_needs_more_shared_memory_than_there_is_raises():
+    with _gpu(shared=1001) as (scale, load, launched, _), pytest.raises(OutOfResources, match="shared memory"):
+        scale(0, torch.zeros(4), None, torch.zeros(4))
+    load.assert_not_called()
+    launched.assert_not_called()
+
+
+@pytest.mark.parametrize("special", [{"launch_pdl": True}, {"num_ctas": 2}, {"global_scratch_size": 16}], ids=str)
+def test_a_kernel_that_asks_for_more_is_launched_by_triton(special):
+    with _gpu(**special) as (scale, _, launched, by_triton):
         for tensors in (("x", None, "out"), ("y", None, "into")):
             scale(0, *tensors)
-    launcher._launch_kernel.assert_not_called()
-    runner.assert_called_once_with("y", None, "into", *ARGUMENTS, stream=9)
+    launched.assert_not_called()
+    wanted = [mock.call(*tensors, *ARGUMENTS, stream=9) for tensors in (("x", None, "out"), ("y", None, "into"))]
+    assert by_triton.call_args_list == wanted
 
 
 class Driver:
@@ -147,7 +182,7 @@ def test_the_driver_is_given_addresses_numbers_and_tensor_maps(pdl: bool):
     library = Driver(8, 128, 4, 4, 8, 8, 8, 4, 4, 8, 8)
     x, mapped, out = (torch.zeros(4) for _ in range(3))
     with mock.patch.object(driver, "driver", lambda: library):
-        again = driver.driver_launch(compiled, (3, 2, 1), (x, _mapped(mapped), out, *ARGUMENTS))
+        again = driver.driver_launch(compiled, 77, (3, 2, 1), (x, _mapped(mapped), out, *ARGUMENTS))
     assert library.encoded == [(9, [128, 5], [512], [64, 1], [1, 1], 0, 3, 2, 0)]
     tensors = [torch.ones(4) for _ in range(3)]
     again(9, tensors)
@@ -168,7 +203,7 @@ def test_a_thread_that_has_not_used_the_gpu_enters_its_context():
     library = Driver(8, 8, 4, 4, 8, 8, error=201)
     x, out = torch.zeros(4), torch.zeros(4)
     with mock.patch.object(driver, "driver", lambda: library):
-        again = driver.driver_launch(compiled, (1, 1, 1), (x, None, out, *ARGUMENTS))
+        again = driver.driver_launch(compiled, 77, (1, 1, 1), (x, None, out, *ARGUMENTS))
     on_third = mock.Mock(data_ptr=x.data_ptr, get_device=lambda: 2)
     again(9, (on_third, None, out))
     assert library.entered == [0x2000] and len(library.launched) == 2
@@ -180,7 +215,7 @@ def test_threads_do_not_mix_their_addresses():
     compiled, _ = _compiled()
     library = Driver(8, 8, 4, 4, 8, 8)
     with mock.patch.object(driver, "driver", lambda: library):
-        again = driver.driver_launch(compiled, (1, 1, 1), (torch.zeros(4), None, torch.zeros(4), *ARGUMENTS))
+        again = driver.driver_launch(compiled, 77, (1, 1, 1), (torch.zeros(4), None, torch.zeros(4), *ARGUMENTS))
     pairs = [tuple(SimpleNamespace(data_ptr=lambda n=n: n) for n in (16 * i, 16 * i + 8)) for i in range(4)]
 
     def launch_often(x, out):
@@ -206,7 +241,7 @@ def test_a_launch_that_the_driver_refuses_raises():
     library = Driver(8, 8, 4, 4, 8, 8, error=719)
     x, out = torch.zeros(4), torch.zeros(4)
     with mock.patch.object(driver, "driver", lambda: library):
-        again = driver.driver_launch(compiled, (1, 1, 1), (x, None, out, *ARGUMENTS))
+        again = driver.driver_launch(compiled, 77, (1, 1, 1), (x, None, out, *ARGUMENTS))
     with pytest.raises(RuntimeError, match="scale: the CUDA driver refused the launch with error 719"):
         again(0, (x, None, out))
 
@@ -228,6 +263,6 @@ def test_kernels_whose_parameters_are_not_understood_are_left_to_triton(sizes, t
     compiled.src.signature.update(types)
     values = (torch.zeros(4), _mapped(torch.zeros(4)), torch.zeros(4), *ARGUMENTS)
     with mock.patch.object(driver, "driver", lambda: Driver(*sizes)):
-        assert driver.driver_launch(compiled, (1, 1, 1), values) is None
+        assert driver.driver_launch(compiled, 77, (1, 1, 1), values) is None
     with mock.patch.object(driver, "driver", lambda: None):
-        assert driver.driver_launch(_compiled()[0], (1, 1, 1), values) is None
+        assert driver.driver_launch(_compiled()[0], 77, (1, 1, 1), values) is None

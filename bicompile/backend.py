@@ -25,6 +25,7 @@ from .interception import intercept_composites
 from .lowering.elementwise.codegen_cpu import materialise_headers, pinned_cpu_codegen
 from .lowering.elementwise.codegen_gpu import pinned_gpu_codegen
 from .lowering.elementwise.codegen_sizes import pinned_sizes
+from .lowering.gpu.early import early_plans
 from .lowering.gpu.sites import direct_calls
 from .passes.certify import Certification
 from .passes.fuse_linear_cross_entropy import fuse_linear_cross_entropy_pass
@@ -87,7 +88,7 @@ def compile_graph(
 def _inner_compile(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
     """Inductor's own, generating our elementwise functions; also for a backward compiled later than its forward."""
     materialise_headers()
-    with pinned_cpu_codegen(), pinned_gpu_codegen(), pinned_sizes(), direct_calls():
+    with pinned_cpu_codegen(), pinned_gpu_codegen(), pinned_sizes(), direct_calls(), early_plans():
         return inductor.compile_fx_inner(gm, example_inputs, **kwargs)
 
 

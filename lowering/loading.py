@@ -1,7 +1,7 @@
 """Load the CPU kernels that a graph or a call needs, and hold them against their references, once for each binary.
 
 A library of kernels is compiled when the first graph that uses them is, or else at the first call: an op has a stub
-until its kernel is registered in front of it.  GPU kernels load themselves.
+until its kernel is registered in front of it.  GPU kernels load themselves; ``gpu.early`` makes them do it in time.
 
 A compiler or a processor that does not do what the kernels rely on must not pass silently: before a new library is
 used, it computes a few small cases whose bits a reference knows.  The verdict is kept beside the binary.

@@ -9,6 +9,7 @@ from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
+from bicompile.lowering.gpu.early import plan_early
 from bicompile.lowering.loading import load_for
 
 from . import (
@@ -50,7 +51,7 @@ RULES: dict[OpOverload, Rule] = {
 
 
 class Pipeline(CustomGraphPass):
-    """Runs ``PIPELINE``, certifies, and loads the CPU kernels; as an Inductor pass, on every graph and nested graph.
+    """Runs ``PIPELINE``, certifies, and sees to the kernels; as an Inductor pass, on every graph and nested graph.
 
     Args:
         certification: what is allowed, and where the classification goes.
@@ -68,6 +69,7 @@ class Pipeline(CustomGraphPass):
             lower(gm)
         certify_pass(gm, self.certification)
         load_for(gm)
+        plan_early(gm)
 
     def uuid(self) -> str:
         """The salt.  PyTorch's own keys know neither our decompositions nor our kernels."""

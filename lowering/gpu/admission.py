@@ -28,7 +28,8 @@ from bicompile.lowering.native import cache_dir
 from .device import DeviceKey, device_key
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_lock = threading.RLock()
+LOCK = threading.RLock()
+"""Held by the one thread that holds kernels against references."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,13 @@ class Admission:
         if verdict is None:
             if torch.cuda.is_current_stream_capturing():
                 return False
-            with _lock, torch.cuda.device(device), torch.no_grad():
-                try:
-                    verdict = self._judge(str(schedule), run, reference)
-                except torch.OutOfMemoryError:  # no room for the probes now; the schedule is not to blame
-                    return False
-                self._keep(device, verdict)
+            with LOCK, torch.cuda.device(device), torch.no_grad():
+                if (verdict := self.verdict(schedule, device)) is None:  # nor has another thread found one meanwhile
+                    try:
+                        verdict = self._judge(str(schedule), run, reference)
+                    except torch.OutOfMemoryError:  # no room for the probes now; the schedule is not to blame
+                        return False
+                    self._keep(device, verdict)
         return verdict.admitted
 
     def verdict(self, schedule: object, device: int) -> Verdict | None:
@@ -115,7 +117,7 @@ class Admission:
 
     def _of(self, device: int) -> dict[str, Verdict]:
         if (known := self._known.get(device)) is None:
-            with _lock:
+            with LOCK:
                 known = self._known[device] = self._read(self._file(device_key(device)))
         return known
 

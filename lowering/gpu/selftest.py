@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .admission import Admission
+from .admission import LOCK, Admission
 from .launch import INTERPRETED
 
 _LOWERING = Path(__file__).resolve().parent.parent
@@ -34,6 +34,7 @@ class SelfTest:
         self._name = f"{family} kernels"
         self.cases = cases
         self._ready: set[int] = set()
+        self._testing = False
 
     def require(self, device: torch.device) -> None:
         """Test the kernels on ``device``, unless that is done.
@@ -44,19 +45,20 @@ class SelfTest:
         """
         if device.type != "cuda" or INTERPRETED or device.index in self._ready:
             return
-        self._ready.add(device.index)  # the test itself must not ask again
-        passed = False
-        try:
-            with _disable_current_modes():
-                passed = self.admission.allows(
-                    self._name,
-                    device.index,
-                    lambda: (ours() for ours, _ in self.cases(device)),
-                    lambda: (theirs().to(device) for _, theirs in self.cases(device)),
-                )
-        finally:
-            if not passed:
-                self._ready.discard(device.index)
+        with LOCK:
+            if self._testing:  # in this thread: the test itself uses the kernels
+                return
+            self._testing = True
+            try:
+                with _disable_current_modes():
+                    passed = self.admission.allows(
+                        self._name,
+                        device.index,
+                        lambda: (ours() for ours, _ in self.cases(device)),
+                        lambda: (theirs().to(device) for _, theirs in self.cases(device)),
+                    )
+            finally:
+                self._testing = False
         if not passed:
             verdict = self.admission.verdict(self._name, device.index)
             why = verdict.reason if verdict else "a CUDA graph is being captured; run the function once before that"
@@ -64,6 +66,7 @@ class SelfTest:
                 f"{self._name}: expected the bits of their references on {torch.cuda.get_device_name(device)}, got: "
                 f"{why}. Run `python -m bicompile doctor`, and report it"
             )
+        self._ready.add(device.index)
 
 
 def spread(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

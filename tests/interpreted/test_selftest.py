@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+from unittest import mock
+
 import pytest
 import torch
 
+from bicompile.lowering.gpu import selftest as module
 from bicompile.lowering.gpu.selftest import SelfTest
 from bicompile.lowering.scan.selftest import SCANS
 from bicompile.lowering.scatter.selftest import SCATTERS
@@ -20,3 +24,42 @@ def test_cases_have_the_bits_of_their_references(selftest: SelfTest):
             assert same_bits(ours(), expected)
             compared += 1
     assert compared
+
+
+def test_kernels_serve_no_thread_before_their_verdict():
+    asked, verdict, served, device = threading.Event(), threading.Event(), [], torch.device("cuda", 0)
+    selftest = SelfTest("any", [], lambda device: [])
+
+    def allows(*arguments):
+        selftest.require(device)  # as the kernels under test do
+        asked.set()
+        return verdict.wait(10)
+
+    def use():
+        selftest.require(device)
+        served.append(verdict.is_set())
+
+    with mock.patch.object(selftest.admission, "allows", allows), mock.patch.object(module, "INTERPRETED", False):
+        first, second = threading.Thread(target=use), threading.Thread(target=use)
+        first.start()
+        assert asked.wait(10)
+        second.start()
+        second.join(0.1)
+        assert not served
+        verdict.set()
+        first.join()
+        second.join()
+    assert served == [True, True]
+
+
+def test_kernels_that_fail_serve_nobody():
+    selftest = SelfTest("any", [], lambda device: [])
+    with (
+        mock.patch.object(selftest.admission, "allows", lambda *arguments: False),
+        mock.patch.object(selftest.admission, "verdict", lambda *arguments: None),
+        mock.patch.object(module, "INTERPRETED", False),
+        mock.patch("torch.cuda.get_device_name", lambda device: "any GPU"),
+    ):
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="any kernels: expected the bits of their references on any GPU"):
+                selftest.require(torch.device("cuda", 0))

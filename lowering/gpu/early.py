@@ -1,0 +1,101 @@
+"""Plan the ops of a graph on a GPU while Inductor compiles what is around them.
+
+The first plan of its kind compiles kernels and holds them against references.  That takes seconds, in which Inductor
+mostly waits for the processes that compile its own kernels.
+
+Numerics: unchanged.  What is not planned here, or cannot be, is planned when it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+
+from .plans import ON_GPU, Planned, is_capturing, on_device
+
+DEVICE = "cuda"
+THREAD = "bicompile plans"
+_log = logging.getLogger(__name__)
+_begun: list[threading.Thread] | None = None
+
+
+@dataclass(frozen=True)
+class Like:
+    """A tensor that is not there yet."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def make(self) -> Tensor:
+        """One that lies like it, with anything in it: a plan looks at no element."""
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+
+
+@contextlib.contextmanager
+def early_plans() -> Iterator[None]:
+    """Let ``plan_early`` begin its work, and leave when all of it is done.
+
+    It holds for the process: enter it under Dynamo's compile lock.
+    """
+    global _begun
+    outer, _begun = _begun, []
+    try:
+        yield
+    finally:
+        for thread in _begun:
+            thread.join()
+        _begun = outer
+
+
+def plan_early(gm: GraphModule) -> None:
+    """Begin to plan the ops in ``gm`` on a GPU, one after the other, in a thread; outside of ``early_plans``, nothing.
+
+    Nor while a CUDA graph is captured, as nothing could be compiled then.
+    """
+    calls = [call for node in gm.graph.nodes if (call := _call_of(node)) is not None]
+    if calls and _begun is not None and not is_capturing():
+        thread = threading.Thread(target=_plan, args=(calls,), name=THREAD, daemon=True)
+        thread.start()
+        _begun.append(thread)
+
+
+def _plan(calls: Sequence[tuple[str, list[Any]]]) -> None:
+    """Plan each of ``calls``, of equal ones the first."""
+    for op, arguments in {repr(call): call for call in calls}.values():
+        function = ON_GPU[op].function
+        if isinstance(function, Planned):
+            try:
+                with torch.no_grad():
+                    on_device(function.plan)(*[x.make() if isinstance(x, Like) else x for x in arguments])
+            except Exception:  # such as too little memory: the op plans again where it runs, and raises there
+                _log.debug("%s: not planned early", op, exc_info=True)
+
+
+def _call_of(node: Node) -> tuple[str, list[Any]] | None:
+    """The name of the op that ``node`` calls and its arguments, if it is one of ours on a GPU."""
+    op = node.target
+    if not isinstance(op, OpOverload) or op.namespace != "bicompile" or node.kwargs:
+        return None
+    name, arguments = op._schema.name.removeprefix("bicompile::"), [_like(x) for x in node.args]
+    devices = {x.device.type for x in arguments if isinstance(x, Like)}
+    return (name, arguments) if name in ON_GPU and devices == {DEVICE} else None
+
+
+def _like(argument: Any) -> Any:
+    """An argument of a node, with what it was traced with in the place of symbolic numbers."""
+    value = argument.meta.get("val") if isinstance(argument, Node) else argument
+    if isinstance(value, Tensor):
+        shape, strides = (tuple(_like(n) for n in numbers) for numbers in (value.shape, value.stride()))
+        return Like(shape, strides, value.dtype, value.device)
+    return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat)) else value

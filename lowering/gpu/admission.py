@@ -28,8 +28,6 @@ from bicompile.lowering.native import cache_dir
 from .device import DeviceKey, device_key
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-LOCK = threading.RLock()
-"""Held by the one thread that holds kernels against references."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,7 @@ class Admission:
 
     def __init__(self, family: str, sources: Sequence[Path]) -> None:
         self.family = family
+        self.lock = threading.RLock()  # of the one thread that holds kernels of this family against references
         self._sources = (*(Path(__file__).with_name(name) for name in ("launch.py", "driver.py", "plans.py")), *sources)
         self._known: dict[int, dict[str, Verdict]] = {}
         _FAMILIES[family] = self
@@ -83,7 +82,7 @@ class Admission:
         if verdict is None:
             if torch.cuda.is_current_stream_capturing():
                 return False
-            with LOCK, torch.cuda.device(device), torch.no_grad():
+            with self.lock, torch.cuda.device(device), torch.no_grad():
                 if (verdict := self.verdict(schedule, device)) is None:  # nor has another thread found one meanwhile
                     try:
                         verdict = self._judge(str(schedule), run, reference)
@@ -117,7 +116,7 @@ class Admission:
 
     def _of(self, device: int) -> dict[str, Verdict]:
         if (known := self._known.get(device)) is None:
-            with LOCK:
+            with self.lock:
                 known = self._known[device] = self._read(self._file(device_key(device)))
         return known
 

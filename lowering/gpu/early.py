@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,10 @@ from .plans import ON_GPU, Planned, is_capturing, on_device
 
 DEVICE = "cuda"
 THREAD = "bicompile plans"
+_THREADS = 8
+"""Many of them wait for a compiler, or for one another."""
 _log = logging.getLogger(__name__)
-_begun: list[threading.Thread] | None = None
+_pool: ThreadPoolExecutor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,38 +50,35 @@ def early_plans() -> Iterator[None]:
 
     It holds for the process: enter it under Dynamo's compile lock.
     """
-    global _begun
-    outer, _begun = _begun, []
-    try:
-        yield
-    finally:
-        for thread in _begun:
-            thread.join()
-        _begun = outer
+    global _pool
+    outer = _pool
+    with ThreadPoolExecutor(_THREADS, THREAD) as _pool:
+        try:
+            yield
+        finally:
+            _pool = outer
 
 
 def plan_early(gm: GraphModule) -> None:
-    """Begin to plan the ops in ``gm`` on a GPU, one after the other, in a thread; outside of ``early_plans``, nothing.
+    """Begin to plan the ops in ``gm`` on a GPU, in threads; outside of ``early_plans``, nothing.
 
     Nor while a CUDA graph is captured, as nothing could be compiled then.
     """
-    calls = [call for node in gm.graph.nodes if (call := _call_of(node)) is not None]
-    if calls and _begun is not None and not is_capturing():
-        thread = threading.Thread(target=_plan, args=(calls,), name=THREAD, daemon=True)
-        thread.start()
-        _begun.append(thread)
+    calls = {repr(call): call for node in gm.graph.nodes if (call := _call_of(node)) is not None}
+    if calls and _pool is not None and not is_capturing():
+        for call in calls.values():
+            _pool.submit(_plan, *call)
 
 
-def _plan(calls: Sequence[tuple[str, list[Any]]]) -> None:
-    """Plan each of ``calls``, of equal ones the first."""
-    for op, arguments in {repr(call): call for call in calls}.values():
+def _plan(op: str, arguments: Sequence[Any]) -> None:
+    """Plan a call, if it is planned at all."""
+    try:
         function = ON_GPU[op].function
         if isinstance(function, Planned):
-            try:
-                with torch.no_grad():
-                    on_device(function.plan)(*[x.make() if isinstance(x, Like) else x for x in arguments])
-            except Exception:  # such as too little memory: the op plans again where it runs, and raises there
-                _log.debug("%s: not planned early", op, exc_info=True)
+            with torch.no_grad():
+                on_device(function.plan)(*[x.make() if isinstance(x, Like) else x for x in arguments])
+    except Exception:  # such as too little memory: the op plans again where it runs, and raises there
+        _log.debug("%s: not planned early", op, exc_info=True)
 
 
 def _call_of(node: Node) -> tuple[str, list[Any]] | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .admission import LOCK, Admission
+from .admission import Admission
 from .launch import INTERPRETED
 
 _LOWERING = Path(__file__).resolve().parent.parent
@@ -45,7 +45,7 @@ class SelfTest:
         """
         if device.type != "cuda" or INTERPRETED or device.index in self._ready:
             return
-        with LOCK:
+        with self.admission.lock:
             if self._testing:  # in this thread: the test itself uses the kernels
                 return
             self._testing = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,7 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from bicompile.lowering.attention import gpu as attention
 from bicompile.lowering.attention.problem import problem_of
 from bicompile.lowering.attention.schedule import REFERENCE, HopperSchedule, SplitSchedule, TileSchedule
-from bicompile.lowering.gpu import driver, launch
+from bicompile.lowering.gpu import driver, early, launch, plans
 from bicompile.lowering.gpu.driver import DriverLaunch
 from bicompile.lowering.gpu.plans import Planned
 from bicompile.lowering.matmul.problem import problem_of as product_of
@@ -127,12 +128,12 @@ class Block(nn.Module):
 
 
 def test_compiled_code_with_static_shapes_plans_once():
-    block, plans = Block().cuda().bfloat16(), []
+    block, planned = Block().cuda().bfloat16(), []
     compiled = torch.compile(block, backend="batch_invariant")
     plan = Planned.plan
 
     def noting(self, *args):
-        plans.append(self.__name__)
+        planned.append(self.__name__)
         return plan(self, *args)
 
     with torch.no_grad(), mock.patch.object(Planned, "plan", noting):
@@ -140,11 +141,38 @@ def test_compiled_code_with_static_shapes_plans_once():
         expected, (code,) = run_and_get_code(compiled, x)
         for op in ("rms_norm", "mm", "sdpa", "softmax"):
             assert f" = Site({op!r})\n" in code
-        first = len(plans)
-        assert same_bits(compiled(x), expected) and len(plans) == first
+        first = len(planned)
+        assert same_bits(compiled(x), expected) and len(planned) == first
         # Addresses that are not aligned take another way, to the same bits.
         loose = torch.empty(2 * 70 * 256 + 1, dtype=x.dtype, device="cuda")[1:].view(2, 70, 256).copy_(x)
         assert same_bits(compiled(loose), expected)
         assert same_bits(compiled(x[:1]), expected[:1])
         symbolic, (code,) = run_and_get_code(torch.compile(block, backend="batch_invariant", dynamic=True), x)
         assert "= ON_GPU['mm'](" in code and "Site(" not in code and same_bits(symbolic, expected)
+
+
+class Noted(dict):
+    """Plans, and in which threads they were kept."""
+
+    def __init__(self) -> None:
+        self.threads: list[str] = []
+
+    def __setitem__(self, key: Any, plan: Any) -> None:
+        self.threads.append(threading.current_thread().name)
+        super().__setitem__(key, plan)
+
+
+def test_a_graph_is_planned_while_it_is_compiled(caplog: pytest.LogCaptureFixture):
+    torch._dynamo.reset()
+    block, x = Block().cuda().bfloat16(), randn(3, 71, 256)
+    compiled = torch.compile(block, backend="batch_invariant")
+    caplog.set_level("DEBUG", early.__name__)
+    with mock.patch.object(plans, "_PLANS", Noted()) as noted, torch._inductor.config.patch(force_disable_caches=True):
+        with torch.no_grad():
+            compiled(x)
+        assert len(noted.threads) > 4
+        assert all(name.startswith(early.THREAD) for name in noted.threads), noted.threads
+        forward = len(noted.threads)
+        compiled(x).sum().backward()
+        assert len([name for name in noted.threads[forward:] if name.startswith(early.THREAD)]) > 4
+    assert "not planned early" not in caplog.text, caplog.text

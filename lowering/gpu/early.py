@@ -24,8 +24,6 @@ from .plans import ON_GPU, Planned, is_capturing, on_device
 
 DEVICE = "cuda"
 THREAD = "bicompile plans"
-_THREADS = 8
-"""Many of them wait for a compiler, or for one another."""
 _log = logging.getLogger(__name__)
 _pool: ThreadPoolExecutor | None = None
 
@@ -52,7 +50,8 @@ def early_plans() -> Iterator[None]:
     """
     global _pool
     outer = _pool
-    with ThreadPoolExecutor(_THREADS, THREAD) as _pool:
+    # One thread: of several, Inductor would have to wait at Python's lock.
+    with ThreadPoolExecutor(1, THREAD) as _pool:
         try:
             yield
         finally:
@@ -60,7 +59,7 @@ def early_plans() -> Iterator[None]:
 
 
 def plan_early(gm: GraphModule) -> None:
-    """Begin to plan the ops in ``gm`` on a GPU, in threads; outside of ``early_plans``, nothing.
+    """Begin to plan the ops in ``gm`` on a GPU, in a thread; outside of ``early_plans``, nothing.
 
     Nor while a CUDA graph is captured, as nothing could be compiled then.
     """

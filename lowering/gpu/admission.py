@@ -115,10 +115,11 @@ class Admission:
         return Verdict(self.family, name, True)
 
     def _of(self, device: int) -> dict[str, Verdict]:
-        if (known := self._known.get(device)) is None:
+        if device not in self._known:
             with self.lock:
-                known = self._known[device] = self._read(self._file(device_key(device)))
-        return known
+                if device not in self._known:
+                    self._known[device] = self._read(self._file(device_key(device)))
+        return self._known[device]
 
     def _keep(self, device: int, verdict: Verdict) -> None:
         known = self._of(device)

@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
+from bicompile.lowering.gpu import admission
 from bicompile.lowering.gpu import selftest as module
 from bicompile.lowering.gpu.selftest import SelfTest
 from bicompile.lowering.scan.selftest import SCANS
@@ -26,9 +27,16 @@ def test_cases_have_the_bits_of_their_references(selftest: SelfTest):
     assert compared
 
 
-def test_kernels_serve_no_thread_before_their_verdict():
+@pytest.fixture
+def selftest(monkeypatch: pytest.MonkeyPatch) -> SelfTest:
+    """The test of a family of no kernels, on a GPU that is not there."""
+    monkeypatch.setattr(admission, "_FAMILIES", {})
+    monkeypatch.setattr(module, "INTERPRETED", False)
+    return SelfTest("any", [], lambda device: [])
+
+
+def test_kernels_serve_no_thread_before_their_verdict(selftest: SelfTest):
     asked, verdict, served, device = threading.Event(), threading.Event(), [], torch.device("cuda", 0)
-    selftest = SelfTest("any", [], lambda device: [])
 
     def allows(*arguments):
         selftest.require(device)  # as the kernels under test do
@@ -39,7 +47,7 @@ def test_kernels_serve_no_thread_before_their_verdict():
         selftest.require(device)
         served.append(verdict.is_set())
 
-    with mock.patch.object(selftest.admission, "allows", allows), mock.patch.object(module, "INTERPRETED", False):
+    with mock.patch.object(selftest.admission, "allows", allows):
         first, second = threading.Thread(target=use), threading.Thread(target=use)
         first.start()
         assert asked.wait(10)
@@ -52,12 +60,10 @@ def test_kernels_serve_no_thread_before_their_verdict():
     assert served == [True, True]
 
 
-def test_kernels_that_fail_serve_nobody():
-    selftest = SelfTest("any", [], lambda device: [])
+def test_kernels_that_fail_serve_nobody(selftest: SelfTest):
     with (
         mock.patch.object(selftest.admission, "allows", lambda *arguments: False),
         mock.patch.object(selftest.admission, "verdict", lambda *arguments: None),
-        mock.patch.object(module, "INTERPRETED", False),
         mock.patch("torch.cuda.get_device_name", lambda device: "any GPU"),
     ):
         for _ in range(2):

@@ -19,9 +19,9 @@ class Planned(Generic[Result]):
     """A function of tensors on a GPU, from ``build``, which plans it.
 
     ``build(*args)`` checks its arguments, of which the first is a tensor, and returns a plan, to be called with the
-    same arguments.  The plan is kept, and is all that runs when tensors with the same shapes, strides, dtypes, device
-    and alignment to 16 bytes come again, and other arguments that are equal.  Both run with the tensors' device as the
-    current one: Triton launches on that.
+    same arguments.  It looks at no element, because these may not be there yet.  The plan is kept, and is all that runs
+    when tensors with the same shapes, strides, dtypes, device and alignment to 16 bytes come again, and other arguments
+    that are equal.  Both run with the tensors' device as the current one: Triton launches on that.
 
     A plan that is built while a CUDA graph is captured is not kept: nothing could be probed for it.
 

@@ -12,6 +12,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from .plans import ON_GPU, Planned, is_capturing, on_device
 DEVICE = "cuda"
 THREAD = "bicompile plans"
 _log = logging.getLogger(__name__)
-_pool: ThreadPoolExecutor | None = None
+_POOL: ContextVar[ThreadPoolExecutor | None] = ContextVar("pool", default=None)
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,13 @@ class Like:
 
 @contextlib.contextmanager
 def early_plans() -> Iterator[None]:
-    """Let ``plan_early`` begin its work, and leave when all of it is done.
-
-    It holds for the process: enter it under Dynamo's compile lock.
-    """
-    global _pool
-    outer = _pool
-    # One thread: of several, Inductor would have to wait at Python's lock.
-    with ThreadPoolExecutor(1, THREAD) as _pool:
+    """Let ``plan_early`` begin its work in this thread, and leave when all of it is done."""
+    with ThreadPoolExecutor(1, THREAD) as pool:  # of several threads, Inductor would have to wait at Python's lock
+        token = _POOL.set(pool)
         try:
             yield
         finally:
-            _pool = outer
+            _POOL.reset(token)
 
 
 def plan_early(gm: GraphModule) -> None:
@@ -63,10 +59,10 @@ def plan_early(gm: GraphModule) -> None:
 
     Nor while a CUDA graph is captured, as nothing could be compiled then.
     """
-    calls = {repr(call): call for node in gm.graph.nodes if (call := _call_of(node)) is not None}
-    if calls and _pool is not None and not is_capturing():
+    calls, pool = {repr(call): call for node in gm.graph.nodes if (call := _call_of(node)) is not None}, _POOL.get()
+    if calls and pool is not None and not is_capturing():
         for call in calls.values():
-            _pool.submit(_plan, *call)
+            pool.submit(_plan, *call)
 
 
 def _plan(op: str, arguments: Sequence[Any]) -> None:

@@ -106,4 +106,20 @@ def test_a_compilation_that_fails_still_waits():
         threading.Timer(0.1, release.set).start()
         _ = 1 / 0
     assert sorted(planned) == ["call_function", "output", "placeholder"]
-    early.plan_early(gm)  # begins nothing here
+
+
+def test_nothing_begins_in_other_threads_or_outside():
+    planned, gm = [], torch.fx.symbolic_trace(lambda x: x + 1)
+    with (
+        mock.patch.object(early, "_plan", lambda op, arguments: planned.append(op)),
+        mock.patch.object(early, "_call_of", lambda node: (node.op, [])),
+    ):
+        with early.early_plans():
+            other = threading.Thread(target=early.plan_early, args=(gm,))
+            other.start()
+            other.join()
+        early.plan_early(gm)
+        assert not planned
+        with early.early_plans():
+            early.plan_early(gm)
+    assert len(planned) == 3

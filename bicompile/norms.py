@@ -1,4 +1,4 @@
-"""Layer and group norm, forward and backward, as our ops of ``lowering.norm``; batch norm as sums and pointwise ops.
+"""Layer and group norm, forward and backward, as our ops of ``lowering.norm``; batch and weight norm as sums.
 
 The ops are put in place while a graph is traced, not by a pass, because of what lies between forward and backward: ATen
 says that the statistics of a half-precision norm are rounded to that precision there, and a pass, which sees forward
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp.decompositions import _weight_norm_interface as _stock_weight_norm
 from torch._decomp.decompositions import native_batch_norm_helper
 from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
@@ -106,6 +107,24 @@ def _group_norm_backward(
 def _spread(channels: Tensor, x: Tensor) -> Tensor:
     """``channels`` [C], in the shape that broadcasts over ``x`` [N, C, ...]."""
     return channels.reshape([-1 if d == 1 else 1 for d in range(x.dim())])
+
+
+def _weight_norm(weight: Tensor, gain: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """PyTorch's decomposition, but of a vector, where each element is its own norm: there it takes one of them all."""
+    if weight.dim() > 1:
+        norms: tuple[Tensor, Tensor] = _stock_weight_norm(weight, gain, dim)
+        return norms
+    norm = weight.float().abs() if gain.dtype == torch.bfloat16 else weight.abs()
+    return weight * (gain / norm.to(gain.dtype)), norm
+
+
+def _weight_norm_backward(grad: Tensor, weight: Tensor, gain: Tensor, norm: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Gradients of ``v`` and ``g`` in ``v * (g / norm(v))``, whose norms leave out ``dim``."""
+    compute, others = _compute(weight), [d for d in range(weight.dim()) if d != dim % weight.dim()]
+    grad, v, g, norm = (t.to(compute) for t in (grad, weight, gain, norm))
+    along = (grad * v).sum(others, keepdim=True) if others else grad * v
+    of_v = (g / norm) * (grad - v * (along / (norm * norm)))
+    return of_v.to(weight.dtype), (along / norm).to(gain.dtype)
 
 
 def _batch_norm(
@@ -208,4 +227,6 @@ NORMAL_FORMS: dict[OpOverload, Callable[..., Any]] = {
     aten._native_batch_norm_legit.no_stats: _batch_norm_without_statistics,
     aten._native_batch_norm_legit_functional.default: functools.partial(_batch_norm, functional=True),
     aten.native_batch_norm_backward.default: _batch_norm_backward,
+    aten._weight_norm_interface.default: _weight_norm,
+    aten._weight_norm_interface_backward.default: _weight_norm_backward,
 }

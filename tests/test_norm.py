@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_reduction import DTYPES, spread, worst_error
 from torch import Tensor
 
+import bicompile
 import bicompile.lowering.norm.op  # noqa: F401 (registers the ops)
 from bicompile.lowering.norm import reference
 from bicompile.lowering.norm.order import order_for
@@ -241,3 +242,28 @@ def test_ops_pass_opcheck():
     torch.library.opcheck(ops.group_norm.default, (x, 2, None, None, EPS))
     torch.library.opcheck(ops.group_norm_backward.default, (x, x, 2, mean, rstd, None))
     torch.library.opcheck(ops.group_norm_backward_params.default, (x, x, 2, mean, rstd, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "dim"), [((6, 5), 0), ((6, 5), 1), ((6, 5, 2, 3), 0), ((6, 5, 3), 2), ((7,), 0)])
+def test_gradients_of_a_weight_norm_are_those_of_the_torch_function(
+    shape: tuple[int, ...], dim: int, dtype: torch.dtype
+):
+    g = torch.Generator().manual_seed(0)
+    gains = [n if d == dim else 1 for d, n in enumerate(shape)]
+    leaves = [torch.randn(s, generator=g).to(dtype) for s in (shape, gains)]
+    grad = torch.randn(shape, generator=g).to(dtype)
+
+    def results(fn: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        out = fn(*leaves, dim)
+        return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+    compiled = results(torch.compile(torch._weight_norm, backend="batch_invariant"), leaves, grad)
+    with bicompile.eager():
+        assert same_bits(results(torch._weight_norm, leaves, grad), compiled)
+    exact = results(torch._weight_norm, [leaf.double() for leaf in leaves], grad.double())
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    for ours, wanted in zip(compiled, exact, strict=True):
+        assert ours.dtype == dtype
+        torch.testing.assert_close(ours.double(), wanted, rtol=tolerance, atol=tolerance)

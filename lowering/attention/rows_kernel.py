@@ -9,7 +9,7 @@ FOLLOWS_SIZES = (
     "first_ptr hole_ptr last_ptr info_b info_h begin_b begin_h queries keys batch batches heads kv_heads mask_heads "
     "num_rows splits shift even outer length inner threshold"
 ).split()
-"""Arguments whose values compile no kernel anew: the binary that ran on the probes is the one that serves all sizes."""
+"""Arguments whose values compile no kernel anew, so that few binaries serve all sizes, and the probes run those."""
 
 
 @triton.jit(do_not_specialize=FOLLOWS_SIZES)

@@ -1,7 +1,7 @@
 """Plan the ops of a graph on a GPU while Inductor compiles what is around them.
 
-The first plan of its kind compiles kernels and holds them against references.  That takes seconds, in which Inductor
-mostly waits for the processes that compile its own kernels.
+The first plan of its kind compiles kernels and holds them against references: seconds, which would otherwise come
+after those that Inductor takes.
 
 Numerics: unchanged.  What is not planned here, or cannot be, is planned when it runs.
 """
